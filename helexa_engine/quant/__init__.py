@@ -1,0 +1,1 @@
+"""Quantised weight formats: the table of types, the dequantising reference, the quantisers and the mixes."""
