@@ -1,0 +1,176 @@
+"""Configuration: one dataclass field is one knob, and gives its flag, environment variable, TOML key and documentation.
+
+Precedence: flag > environment ``HELEXA_<NAME>`` > TOML file > default. An unknown TOML key is an error with its path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from . import env
+from .errors import InvalidRequest
+
+Config = TypeVar("Config")
+
+
+def knob(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A config field with its documentation and, for numbers, its inclusive range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def byte_size(value: str | int) -> int:
+    """``"1.5GiB"``, ``"800MB"`` or a plain count, in bytes. Raises ValueError."""
+    if isinstance(value, int):
+        return value
+    text = value.strip()
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    for suffix, scale in units.items():
+        if text.endswith(suffix):
+            return int(float(text.removesuffix(suffix)) * scale)
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How a model is loaded and run. Field help is the documentation of each."""
+
+    device: Literal["auto", "cpu"] = knob("auto", "where to run; auto takes the best device this build can use")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = knob(
+        "auto", "storage type of unquantised weights; auto keeps what the file has"
+    )
+    quant: str | None = knob(None, "quantise the weights while loading: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS ...")
+    kv_dtype: Literal["auto", "float32", "float16"] = knob(
+        "auto", "storage type of keys and values; auto is float32 for float32 weights, else float16"
+    )
+    max_model_len: int | None = knob(
+        None, "longest prompt plus answer in tokens; default: what the model allows and memory holds", low=1
+    )
+    max_num_seqs: int = knob(8, "sequences computed together", low=1, high=256)
+    max_num_batched_tokens: int = knob(
+        512, "most tokens in one step; longer prompts are computed in chunks", low=16, high=65536
+    )
+    memory_fraction: float = knob(0.9, "share of free memory that weights and KV pages may take", low=0.05, high=1.0)
+    seed: int | None = knob(None, "seed for requests that give none; default: drawn at start")
+    num_threads: int | None = knob(
+        None, "threads of the native core; default: the physical cores this process may use", low=1, high=1024
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def check_fields(config: Any) -> None:
+    """Type and range of every field; raises :class:`InvalidRequest` naming it."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        kinds, choices, optional = _kinds(hints[f.name])
+        if value is None and optional:
+            continue
+        if choices and value not in choices:
+            raise InvalidRequest(f.name, f"expected one of {', '.join(map(str, choices))}; got {value!r}")
+        if not choices:
+            fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and bool not in kinds):
+                names = " or ".join(k.__name__ for k in kinds)
+                raise InvalidRequest(f.name, f"expected {names}, got {value!r}")
+        low, high = f.metadata.get("low"), f.metadata.get("high")
+        if low is not None and value < low:
+            raise InvalidRequest(f.name, f"expected at least {low}, got {value}")
+        if high is not None and value > high:
+            raise InvalidRequest(f.name, f"expected at most {high}, got {value}")
+
+
+def _kinds(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...], bool]:
+    """(accepted types, choices of a Literal, whether None is allowed) of a field's annotation."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds: list[type] = []
+    choices: list[Any] = []
+    for part in parts:
+        origin = typing.get_origin(part)
+        if origin is Literal:
+            choices.extend(typing.get_args(part))
+        elif part is not type(None):
+            kinds.append(origin or part)
+    return tuple(kinds), tuple(choices), type(None) in parts
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """One ``--flag`` a field. A flag that is not given stays out of the namespace, so that it does not hide lower layers."""
+    hints = typing.get_type_hints(config)
+    group = parser.add_argument_group(f"{config.__name__.removesuffix('Config').lower()} options")
+    for f in dataclasses.fields(config):
+        kinds, choices, _ = _kinds(hints[f.name])
+        flag = "--" + f.name.replace("_", "-")
+        note = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")
+        if kinds == (bool,):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=note)
+        elif choices:
+            group.add_argument(flag, choices=choices, default=argparse.SUPPRESS, help=note)
+        else:
+            metavar = f.name.rsplit("_", 1)[-1].upper()
+            group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=note)
+
+
+def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file, checked: every table is one of ``sections`` and every key a field of its dataclass."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidRequest("config", f"no such file: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest("config", f"{path}: not valid TOML: {error}") from None
+    for section, table in document.items():
+        if section not in sections:
+            raise InvalidRequest(f"{path}: {section}", f"unknown table; expected one of {', '.join(sections)}")
+        known = {f.name for f in dataclasses.fields(sections[section])}
+        if not isinstance(table, dict):
+            raise InvalidRequest(f"{path}: {section}", f"expected a table, got {table!r:.80}")
+        for key in table:
+            if key not in known:
+                raise InvalidRequest(
+                    f"{path}: {section}.{key}", f"unknown key; expected one of {', '.join(sorted(known))}"
+                )
+    return document
+
+
+def resolve(config: type[Config], flags: Mapping[str, Any], toml: Mapping[str, Any] | None = None) -> Config:
+    """``config`` filled from flags, environment, TOML table and defaults, in this order. Raises :class:`InvalidRequest`."""
+    hints = typing.get_type_hints(config)
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        kinds, choices, _ = _kinds(hints[f.name])
+        if flags.get(f.name) is not None:
+            value, source = flags[f.name], "--" + f.name.replace("_", "-")
+        elif (from_env := env.option(f.name)) is not None:
+            value, source = from_env, f"environment {env.PREFIX}{f.name.upper()}"
+        elif toml and f.name in toml:
+            value, source = toml[f.name], f.name
+        else:
+            continue
+        if isinstance(value, str) and not choices and str not in kinds:
+            value = _parse(value, kinds, source)
+        values[f.name] = value
+    return config(**values)
+
+
+def _parse(text: str, kinds: tuple[type, ...], source: str) -> Any:
+    if bool in kinds:
+        words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() in words:
+            return words[text.lower()]
+        raise InvalidRequest(source, f"expected true or false, got {text!r}")
+    for kind in kinds:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise InvalidRequest(source, f"expected {' or '.join(k.__name__ for k in kinds)}, got {text!r}")

@@ -1,0 +1,66 @@
+"""The only module that reads the environment. Every variable helexa knows is one property here.
+
+Values are read when asked for, not at import, so that tests can set them with ``monkeypatch.setenv``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import InvalidRequest
+
+PREFIX = "HELEXA_"
+
+
+def _get(name: str) -> str | None:
+    value = os.environ.get(PREFIX + name)
+    return value if value else None
+
+
+def _positive_int(name: str) -> int | None:
+    value = _get(name)
+    if value is None:
+        return None
+    if not value.isdigit() or int(value) < 1:
+        raise InvalidRequest(f"environment {PREFIX}{name}", f"expected a positive integer, got {value!r}")
+    return int(value)
+
+
+def cpu_isa() -> str | None:
+    """``HELEXA_CPU_ISA``: force a level of the native core, ``generic``, ``avx2`` or ``avx512``; None chooses by cpuid."""
+    return _get("CPU_ISA")
+
+
+def num_threads() -> int | None:
+    """``HELEXA_NUM_THREADS``: threads of the native core; None takes the physical cores this process may run on."""
+    return _positive_int("NUM_THREADS")
+
+
+def forced_ops() -> dict[str, str]:
+    """``HELEXA_OPS=op=implementation,...``: implementations to force, by op name."""
+    forced: dict[str, str] = {}
+    for item in (_get("OPS") or "").split(","):
+        if not item.strip():
+            continue
+        op, equals, implementation = item.partition("=")
+        if not equals or not op.strip() or not implementation.strip():
+            raise InvalidRequest(f"environment {PREFIX}OPS", f"expected op=implementation[,...], got {item!r}")
+        forced[op.strip()] = implementation.strip()
+    return forced
+
+
+def option(name: str) -> str | None:
+    """``HELEXA_<NAME>`` for a config field ``name``: the layer between the command line and the TOML file."""
+    return _get(name.upper())
+
+
+def config_file() -> Path | None:
+    """``HELEXA_CONFIG``: path of a TOML file; relative to the working directory."""
+    value = _get("CONFIG")
+    return Path(value) if value else None
+
+
+def api_key() -> str | None:
+    """``HELEXA_API_KEY``: the key clients must send; read here so that it never stands on a command line."""
+    return _get("API_KEY")
