@@ -1,7 +1,8 @@
 """The table of tensor types: one row a type, with everything that does not depend on how its bits are laid out.
 
-Names and numbers are ggml's, spelled as in a GGUF file (``Q4_K``, 12). A *block* is the smallest unit that can be decoded
-alone: ``block_size`` consecutive values of one row stored in ``block_bytes`` bytes. A row is a whole number of blocks.
+Names and numbers are ggml's, spelled as in a GGUF file (``Q4_K``, 12). A *block* is the smallest unit that can be
+decoded alone: ``block_size`` consecutive values of one row stored in ``block_bytes`` bytes. A row is a whole number of
+blocks.
 
 Source: ``ggml.h`` (``enum ggml_type``) and ``ggml-common.h`` (block structs) of llama.cpp. The bit layouts are in
 :mod:`helexa_engine.quant.dequantize` and, for the kernels, in ``csrc/quant_blocks.h``.
@@ -58,7 +59,9 @@ class QuantType:
     def row_bytes(self, cols: int) -> int:
         """Bytes of a row of ``cols`` values. Raises ValueError unless ``cols`` is a multiple of the block size."""
         if cols % self.block_size:
-            raise ValueError(f"a row of {cols} values is not a multiple of the {self.name} block size {self.block_size}")
+            raise ValueError(
+                f"a row of {cols} values is not a multiple of the {self.name} block size {self.block_size}"
+            )
         return cols // self.block_size * self.block_bytes
 
     def __str__(self) -> str:
