@@ -1,0 +1,325 @@
+"""The engine behind one :meth:`Engine.step`: token ids in, token ids out. It knows no text."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import ContextLengthExceeded, HelexaError, InvalidRequest
+from ..events import Timings
+from ..sampling_params import SamplingParams
+from .model_runner import ModelRunner
+from .sampler import Grammar, Logits, Logprobs, Sampler, SamplingFailed, log_probabilities, logprobs_of
+from .scheduler import Chunk, Scheduler
+from .sequence import Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+#: Rows of logits computed at once where a whole prompt needs them: bounds the workspace to this many times the vocabulary.
+LOGITS_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One prompt to continue, ``params.n`` times.
+
+    Attributes:
+        prompt_token_ids: at least one.
+        params: with defaults filled in (:meth:`SamplingParams.with_defaults`).
+        eos_token_ids: end-of-turn tokens of the model; they end an answer unless ``ignore_eos``.
+        make_grammar: gives each answer a constraint of its own, or None.
+        on_prompt_logits: called with (position, logits [rows, vocab_size]) for consecutive rows of the prompt; the array is
+            valid during the call only.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    make_grammar: Callable[[], Grammar] | None = None
+    on_prompt_logits: Callable[[int, Logits], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step did for one answer: one more token, its end, or the failure of its whole request.
+
+    Attributes:
+        token_id: the token; None when the request failed.
+        logprobs: of the token, when asked for.
+        prompt_logprobs: beside the first token, when asked for; entry 0 is None, nothing predicts the first token.
+        finish_reason: ``stop`` (an end token, which is ``token_id``) or ``length``; None while the answer goes on.
+        stop_token_id: the member of ``stop_token_ids`` that ended the answer; None for the model's own end-of-turn tokens.
+        timings: up to this token.
+        error: why the request failed; its answers are gone.
+    """
+
+    request_id: str
+    index: int
+    token_id: int | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_token_id: int | None = None
+    timings: Timings = field(default_factory=lambda: Timings(0.0, 0.0, 0.0))
+    error: HelexaError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Gauges of now and counters since the start."""
+
+    num_running: int
+    num_waiting: int
+    kv_pages_used: int
+    kv_pages_total: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    preemptions_total: int
+    steps_total: int
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV pages in use, 0 to 1."""
+        return self.kv_pages_used / self.kv_pages_total
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """A sequence with what is needed to sample it."""
+
+    request: EngineRequest
+    sequence: Sequence
+    sampler: Sampler
+    end_token_ids: frozenset[int]
+    scores_prompt: bool
+    num_scored: int = 0
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread calls everything.
+
+    Args:
+        runner: the model with its KV pages.
+        scheduler: over the same pages.
+        vocab_size: width of the logits.
+        max_model_len: longest prompt plus answer in tokens.
+        seed: requests that bring none draw from it by their order of arrival; None draws it.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        seed: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        assert max_model_len <= scheduler.pool.num_pages * scheduler.page_size
+        self.runner = runner
+        self.scheduler = scheduler
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self._clock = clock
+        self._seed = secrets.randbits(63) if seed is None else seed
+        self._requests: dict[str, list[_Answer]] = {}
+        self._answers: dict[Sequence, _Answer] = {}
+        self._num_requests = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def check(self, request: EngineRequest) -> None:
+        """Raises what :meth:`add_request` would. Reads only constants, so any thread may call it.
+
+        Raises:
+            ContextLengthExceeded: the prompt leaves no room for a single token of answer.
+            InvalidRequest: an empty prompt, or a token id outside the vocabulary.
+        """
+        prompt, params = request.prompt_token_ids, request.params
+        if not prompt:
+            raise InvalidRequest("prompt", "expected at least one token, got none")
+        if len(prompt) >= self.max_model_len:
+            raise ContextLengthExceeded(len(prompt), self.max_model_len - 1)
+        for name, ids in (
+            ("prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", tuple(params.logit_bias or ())),
+        ):
+            if ids and max(ids) >= self.vocab_size:
+                raise InvalidRequest(
+                    name, f"token id {max(ids)} is outside the vocabulary; expected less than {self.vocab_size}"
+                )
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queues the request's answers. Raises as :meth:`check`."""
+        self.check(request)
+        assert request.request_id not in self._requests, f"request {request.request_id} is already running"
+        params, prompt = request.params, request.prompt_token_ids
+        room = self.max_model_len - len(prompt)
+        seed = self._next_seed() if params.seed is None else params.seed
+        eos = frozenset() if params.ignore_eos else request.eos_token_ids
+        answers = []
+        for index in range(params.n):
+            sequence = Sequence(
+                request_id=request.request_id,
+                index=index,
+                token_ids=list(prompt),
+                num_prompt_tokens=len(prompt),
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                queued_at=self._clock(),
+            )
+            sampler = Sampler(
+                params,
+                seed=seed,
+                index=index,
+                prompt_token_ids=prompt,
+                end_token_ids=sorted(request.eos_token_ids.union(params.stop_token_ids)),
+                grammar=request.make_grammar() if request.make_grammar else None,
+            )
+            scores_prompt = params.prompt_logprobs is not None or request.on_prompt_logits is not None
+            # The prompt is the same for every answer: the first one scores it.
+            answers.append(
+                _Answer(request, sequence, sampler, eos.union(params.stop_token_ids), scores_prompt and index == 0)
+            )
+        self._requests[request.request_id] = answers
+        for answer in answers:
+            self._answers[answer.sequence] = answer
+            self.scheduler.add(answer.sequence)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its answers, in whatever phase it is, and frees its pages. Unknown ids are no error."""
+        for answer in list(self._requests.get(request_id, ())):
+            if index is None or answer.sequence.index == index:
+                self._drop(answer)
+
+    def step(self) -> list[StepOutput]:
+        """Computes one batch and samples. One entry for each answer that got a token, ended or failed.
+
+        Raises whatever the model raises: then no further step is possible. A failure to *sample* is the request's own.
+        """
+        chunks = self.scheduler.schedule(self._clock())
+        if not chunks:
+            return []
+        hidden = self.runner.forward(chunks)
+        self._steps += 1
+        outputs: list[StepOutput] = []
+        sampling: list[tuple[_Answer, int]] = []
+        first = 0
+        for chunk in chunks:
+            rows = hidden[first : first + chunk.num_tokens]
+            first += chunk.num_tokens
+            answer = self._answers.get(chunk.sequence)
+            if answer is None:  # its request failed just now
+                continue
+            self.scheduler.computed(chunk)
+            self._prompt_tokens += max(0, min(chunk.end, chunk.sequence.num_prompt_tokens) - chunk.start)
+            if chunk.samples:
+                sampling.append((answer, first - 1))
+            if answer.scores_prompt:
+                try:
+                    self._score_prompt(answer, chunk, rows)
+                except Exception as error:
+                    outputs.append(self._fail(answer, error))
+        if sampling:
+            logits = self.runner.logits(hidden, [row for _, row in sampling])
+            for (answer, _), row in zip(sampling, logits, strict=True):
+                if answer.sequence in self._answers:  # its request may have failed just now
+                    outputs.append(self._sample(answer, row))
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Reads counters only, so any thread may call it."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_pages_used=self.scheduler.pool.num_used,
+            kv_pages_total=self.scheduler.pool.num_pages,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+            preemptions_total=self.scheduler.num_preemptions,
+            steps_total=self._steps,
+        )
+
+    def _sample(self, answer: _Answer, logits: Logits) -> StepOutput:
+        sequence, params = answer.sequence, answer.request.params
+        try:
+            token_id, logprobs = answer.sampler.sample(logits)
+        except Exception as error:  # a grammar may raise anything; the others in the batch are not to blame
+            return self._fail(answer, error)
+        is_first = sequence.num_output_tokens == 0
+        reports_prompt = params.prompt_logprobs is not None and answer.scores_prompt
+        sequence.append(token_id, self._clock())
+        self._generation_tokens += 1
+        finish_reason: Literal["stop", "length"] | None = None
+        if token_id in answer.end_token_ids:
+            finish_reason = "stop"
+        elif sequence.num_output_tokens >= sequence.max_tokens:
+            finish_reason = "length"
+        if finish_reason:
+            self._drop(answer)
+        return StepOutput(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_id=token_id,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(answer.prompt_logprobs) if is_first and reports_prompt else None,
+            finish_reason=finish_reason,
+            stop_token_id=token_id if finish_reason == "stop" and token_id in params.stop_token_ids else None,
+            timings=sequence.timings(),
+        )
+
+    def _score_prompt(self, answer: _Answer, chunk: Chunk, hidden: torch.Tensor) -> None:
+        """Logits at the chunk's prompt positions, and log probabilities of the prompt tokens that they predict."""
+        request, sequence = answer.request, chunk.sequence
+        # After a preemption the chunk may begin before what is scored already.
+        start, end = max(chunk.start, answer.num_scored), min(chunk.end, sequence.num_prompt_tokens)
+        for block in range(start, end, LOGITS_ROWS):
+            rows = range(block, min(block + LOGITS_ROWS, end))
+            logits = self.runner.logits(hidden, [row - chunk.start for row in rows])
+            if request.on_prompt_logits is not None:
+                request.on_prompt_logits(block, logits)
+            if request.params.prompt_logprobs is not None:
+                for row, values in zip(rows, logits, strict=True):
+                    if row + 1 < sequence.num_prompt_tokens:
+                        token_id = sequence.token_ids[row + 1]
+                        scored = logprobs_of(log_probabilities(values), token_id, request.params.prompt_logprobs)
+                        answer.prompt_logprobs.append(scored)
+            answer.num_scored = rows.stop
+
+    def _fail(self, answer: _Answer, error: Exception) -> StepOutput:
+        """The request of ``answer`` ends; the others go on."""
+        if not isinstance(error, HelexaError):
+            failure = SamplingFailed(f"sampling failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            error = failure
+        self.abort(answer.sequence.request_id)
+        return StepOutput(answer.sequence.request_id, answer.sequence.index, error=error)
+
+    def _drop(self, answer: _Answer) -> None:
+        sequence = answer.sequence
+        self.scheduler.remove(sequence)
+        self._answers.pop(sequence, None)
+        answers = self._requests.get(sequence.request_id, [])
+        if answer in answers:
+            answers.remove(answer)
+        if not answers:
+            self._requests.pop(sequence.request_id, None)
+
+    def _next_seed(self) -> int:
+        self._num_requests += 1
+        text = f"{self._seed}/{self._num_requests}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

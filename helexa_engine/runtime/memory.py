@@ -1,0 +1,141 @@
+"""Does it fit? Bytes for weights, KV pages and workspace, planned before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import InvalidRequest, ModelDoesNotFit
+
+#: Context a seat gets by default when every seat is taken; a single sequence may always use ``max_model_len``.
+TOKENS_PER_SEAT = 4096
+
+_NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "max"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a model takes, in bytes, and what it may therefore serve.
+
+    Attributes:
+        weight_bytes: weights as they lie in memory.
+        page_bytes: one KV page across all layers.
+        num_pages: pages reserved.
+        workspace_bytes: activations and logits of the largest step.
+        max_model_len: longest prompt plus answer, in tokens.
+        available_bytes: what the device had free when this was planned.
+    """
+
+    weight_bytes: int
+    page_bytes: int
+    num_pages: int
+    workspace_bytes: int
+    max_model_len: int
+    available_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.page_bytes * self.num_pages
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"weights {_size(self.weight_bytes)} + KV pages {_size(self.kv_bytes)} ({self.num_pages} pages) + workspace "
+            f"{_size(self.workspace_bytes)} = {_size(self.total_bytes)} of {_size(self.available_bytes)} free; context "
+            f"{self.max_model_len} tokens"
+        )
+
+
+def plan(
+    *,
+    weight_bytes: int,
+    page_bytes: int,
+    page_size: int,
+    workspace_bytes: int,
+    model_max_len: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    available_bytes: int,
+    memory_fraction: float,
+    device: str = "this machine",
+) -> MemoryPlan:
+    """Shares ``memory_fraction`` of ``available_bytes`` out to weights, workspace and KV pages, in this order.
+
+    The context is what was asked for (``max_model_len``), else what the model allows, cut to what fits. Pages beyond one sequence
+    of that length are reserved for the other seats, :data:`TOKENS_PER_SEAT` tokens each, as far as they fit.
+
+    Raises:
+        ModelDoesNotFit: weights and workspace and the context asked for (else a single page) exceed the share.
+        InvalidRequest: ``max_model_len`` is more than the model allows.
+    """
+    if max_model_len is not None and max_model_len > model_max_len:
+        raise InvalidRequest("max_model_len", f"the model allows at most {model_max_len} tokens, got {max_model_len}")
+    budget = int(available_bytes * memory_fraction)
+    spare_pages = (budget - weight_bytes - workspace_bytes) // page_bytes
+    required_pages = -(-max_model_len // page_size) if max_model_len is not None else 1
+    if spare_pages < required_pages:
+        needed = weight_bytes + workspace_bytes + required_pages * page_bytes
+        if max_model_len is not None and spare_pages >= 1:
+            advice = f"max_model_len={spare_pages * page_size} would fit"
+        else:
+            advice = "take a smaller model or a smaller quantisation, or free memory"
+        raise ModelDoesNotFit(needed, budget, device, f"{advice} (memory_fraction={memory_fraction:g})")
+    context = max_model_len if max_model_len is not None else min(model_max_len, spare_pages * page_size)
+    wanted_tokens = max(context, max_num_seqs * min(context, TOKENS_PER_SEAT))
+    return MemoryPlan(
+        weight_bytes=weight_bytes,
+        page_bytes=page_bytes,
+        num_pages=min(spare_pages, -(-wanted_tokens // page_size)),
+        workspace_bytes=workspace_bytes,
+        max_model_len=context,
+        available_bytes=available_bytes,
+    )
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may still take: the kernel's ``MemAvailable`` or what the control group leaves, whichever is less."""
+    available = _mem_available(proc)
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, usage = _read_int(cgroup / limit_file), _read_int(cgroup / usage_file)
+        if limit is not None and usage is not None and limit < _NO_LIMIT:
+            stat = cgroup / ("memory.stat" if limit_file == "memory.max" else "memory/memory.stat")
+            available = min(available, max(0, limit - usage + _reclaimable(stat)))
+    return available
+
+
+def _mem_available(proc: Path) -> int:
+    try:
+        for line in (proc / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import os  # not Linux: total physical memory is the best that the standard library knows
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _reclaimable(stat: Path) -> int:
+    """Page cache charged to the group: the kernel drops it when memory is asked for."""
+    try:
+        lines = (line.split() for line in stat.read_text().splitlines())
+        return sum(int(value) for key, value in lines if key == "inactive_file")
+    except (OSError, ValueError):
+        return 0
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # absent, or the word "max"
+        return None
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

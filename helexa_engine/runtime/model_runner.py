@@ -1,0 +1,106 @@
+"""Runs the model on chunks: fills the batch, owns the tensors of the KV pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from ..batch import Batch
+from .sampler import Logits
+from .scheduler import Chunk
+
+if TYPE_CHECKING:
+    from ..cache.spec import LayerCache
+
+
+class Model(Protocol):
+    """What a model is to the runtime (see ``models/``)."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Hidden states [T, hidden_size] float32 after the last layer; writes keys and values of the new tokens."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [M, vocab_size] float32 of hidden states [M, hidden_size]."""
+
+
+class ModelRunner:
+    """Owns the KV pages and the input buffers of a step; nothing grows afterwards.
+
+    Args:
+        model: the loaded model.
+        caches: one entry a layer, with room for every page of the pool.
+        page_size: tokens a page holds.
+        max_num_seqs, max_num_batched_tokens: limits of a step.
+        max_pages_per_seq: pages of the longest sequence.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        *,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_pages_per_seq: int,
+    ) -> None:
+        self.model = model
+        self.page_size = page_size
+        self._caches = caches
+        self._input_ids = np.zeros(max_num_batched_tokens, np.int64)
+        self._positions = np.zeros(max_num_batched_tokens, np.int64)
+        self._slot_mapping = np.zeros(max_num_batched_tokens, np.int64)
+        self._cu_seqlens = np.zeros(max_num_seqs + 1, np.int32)
+        self._seq_lens = np.zeros(max_num_seqs, np.int32)
+        self._page_tables = np.zeros((max_num_seqs, max_pages_per_seq), np.int32)
+
+    @torch.inference_mode()
+    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order."""
+        return self.model.forward(self._batch(chunks))
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> Logits:
+        """Logits [len(rows), vocab_size] of some rows of the hidden states; valid until the next call."""
+        if len(rows) != hidden.shape[0]:
+            hidden = hidden[torch.tensor(rows)]
+        return self.model.logits(hidden).numpy()
+
+    def _batch(self, chunks: Sequence[Chunk]) -> Batch:
+        first = 0
+        last_rows = []
+        for i, chunk in enumerate(chunks):
+            sequence, after = chunk.sequence, first + chunk.num_tokens
+            pages = np.asarray(sequence.pages)
+            if chunk.num_tokens == 1:
+                self._input_ids[first] = sequence.token_ids[chunk.start]
+                self._positions[first] = chunk.start
+                page, offset = divmod(chunk.start, self.page_size)
+                self._slot_mapping[first] = int(pages[page]) * self.page_size + offset
+            else:
+                positions = np.arange(chunk.start, chunk.end)
+                self._input_ids[first:after] = sequence.token_ids[chunk.start : chunk.end]
+                self._positions[first:after] = positions
+                self._slot_mapping[first:after] = (
+                    pages[positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
+                )
+            self._page_tables[i, : pages.size] = pages
+            self._page_tables[i, pages.size :] = 0
+            self._seq_lens[i] = chunk.end
+            self._cu_seqlens[i + 1] = first = after
+            if chunk.samples:
+                last_rows.append(after - 1)
+        n = len(chunks)
+        return Batch(
+            input_ids=torch.from_numpy(self._input_ids[:first]),
+            positions=torch.from_numpy(self._positions[:first]),
+            cu_seqlens=torch.from_numpy(self._cu_seqlens[: n + 1]),
+            slot_mapping=torch.from_numpy(self._slot_mapping[:first]),
+            page_tables=torch.from_numpy(self._page_tables[:n]),
+            seq_lens=torch.from_numpy(self._seq_lens[:n]),
+            logits_indices=torch.tensor(last_rows, dtype=torch.int64),
+            caches=self._caches,
+        )

@@ -1,0 +1,75 @@
+"""One answer being generated: its tokens, its pages, its clock."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from dataclasses import dataclass, field
+
+from ..events import Timings
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Answer ``index`` of a request: the prompt and the tokens generated so far.
+
+    Attributes:
+        token_ids: prompt, then output.
+        num_prompt_tokens: how many of them are the prompt.
+        max_tokens: most output tokens, already cut to the context.
+        num_computed_tokens: tokens whose keys and values are in ``pages``; 0 again after a preemption.
+        pages: KV pages in order, int32.
+        queued_at, scheduled_at, first_token_at, last_token_at: seconds of a monotonic clock; 0 until it happened.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_tokens: int
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed_tokens: int = 0
+    pages: array[int] = field(default_factory=lambda: array("i"))
+    queued_at: float = 0.0
+    scheduled_at: float = 0.0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Length this sequence may grow to."""
+        return self.num_prompt_tokens + self.max_tokens
+
+    def append(self, token_id: int, now: float) -> None:
+        if not self.first_token_at:
+            self.first_token_at = now
+        self.last_token_at = now
+        self.token_ids.append(token_id)
+
+    def timings(self) -> Timings:
+        """Phases that did not begin count 0 seconds."""
+        scheduled = self.scheduled_at or self.queued_at
+        first = self.first_token_at or scheduled
+        return Timings(
+            queue_seconds=scheduled - self.queued_at,
+            prefill_seconds=first - scheduled,
+            decode_seconds=max(0.0, self.last_token_at - first),
+        )

@@ -1,0 +1,1 @@
+"""Seeded inputs, tiny checkpoints and stand-ins, for tests/ and benchmarks/ only."""
