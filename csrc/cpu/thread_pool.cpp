@@ -1,0 +1,208 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+
+namespace helexa {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(40);
+constexpr int kRangesPerThread = 8;
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until done() or until kSpin has passed; true when done() came first. The clock is read every 64 turns.
+template <class Done>
+bool spin_until(Done done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (done()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+int default_num_threads() {
+  int cores = 0;
+#if defined(__linux__)
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+    std::set<std::string> siblings;  // the same text for all hardware threads of a core
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &allowed)) continue;
+      std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+      std::string list;
+      siblings.insert(file >> list ? list : std::to_string(cpu));
+    }
+    cores = static_cast<int>(siblings.size());
+  }
+  std::ifstream quota_file("/sys/fs/cgroup/cpu.max");
+  double quota = 0, period = 0;
+  if (quota_file >> quota >> period && period > 0) cores = std::min(cores, std::max(1, int(quota / period + 0.5)));
+#endif
+  if (cores == 0) cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, cores);
+}
+
+thread_local int current_thread = -1;  // -1 outside of parallel_for
+
+class Pool {
+ public:
+  explicit Pool(int threads) : threads_(threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  }
+
+  ~Pool() {
+    stop_.store(true);
+    epoch_.fetch_add(1);
+    {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+      wake_.notify_all();
+    }
+    for (auto& worker : workers_) worker.join();
+  }
+
+  int threads() const { return threads_; }
+
+  void run(int64_t n, int64_t grain, detail::RangeFunction function, void* body) {
+    function_ = function, body_ = body, end_ = n;
+    range_ = std::max(grain, n / (threads_ * kRangesPerThread));
+    next_.store(0, std::memory_order_relaxed);
+    entered_.store(0, std::memory_order_release);  // opens the phase
+    epoch_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_mutex_);
+      wake_.notify_all();
+    }
+    take_ranges(0);
+    // A worker that has not come by now is not waited for: on a busy machine that could take a whole time slice.
+    entered_.fetch_or(kClosed, std::memory_order_acq_rel);
+    const auto all_left = [this] { return entered_.load(std::memory_order_acquire) == kClosed; };
+    while (!spin_until(all_left)) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr uint32_t kClosed = 1u << 31;
+
+  void take_ranges(int thread) {
+    current_thread = thread;
+    for (;;) {
+      const int64_t begin = next_.fetch_add(range_, std::memory_order_relaxed);
+      if (begin >= end_) break;
+      function_(body_, begin, std::min(begin + range_, end_), thread);
+    }
+    current_thread = -1;
+  }
+
+  bool enter() {
+    uint32_t count = entered_.load(std::memory_order_acquire);
+    while (!(count & kClosed)) {
+      if (entered_.compare_exchange_weak(count, count + 1, std::memory_order_acq_rel)) return true;
+    }
+    return false;
+  }
+
+  void work(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      const auto called = [&] { return epoch_.load() != seen; };
+      if (!spin_until(called)) {
+        std::unique_lock<std::mutex> lock(sleep_mutex_);
+        sleepers_.fetch_add(1);
+        wake_.wait(lock, called);
+        sleepers_.fetch_sub(1);
+      }
+      seen = epoch_.load();
+      if (stop_.load()) return;
+      if (enter()) {
+        take_ranges(thread);
+        entered_.fetch_sub(1, std::memory_order_acq_rel);
+      }
+    }
+  }
+
+  const int threads_;
+  // The phase, written by the caller while it is closed.
+  detail::RangeFunction function_ = nullptr;
+  void* body_ = nullptr;
+  int64_t end_ = 0, range_ = 1;
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<uint32_t> entered_{kClosed};  // workers inside, and whether the door is shut
+  alignas(64) std::atomic<uint64_t> epoch_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+std::mutex pool_mutex;      // held for a whole phase: callers take turns
+std::unique_ptr<Pool> pool; // made at first use
+std::atomic<int> wanted_threads{0};
+
+// Threads do not survive fork(): the child forgets the pool (its memory is lost, once) and makes a new one when needed.
+void forget_pool_in_child() {
+  (void)pool.release();
+  new (&pool_mutex) std::mutex;
+  current_thread = -1;
+}
+
+}  // namespace
+
+int num_threads() {
+  static const int default_threads = default_num_threads();
+  const int wanted = wanted_threads.load();
+  return wanted ? wanted : default_threads;
+}
+
+void set_num_threads(int n) {
+  check(n >= 0 && n <= 1024, "set_num_threads", "n", "0 (default) or 1 to 1024", n);
+  wanted_threads.store(n);
+}
+
+void detail::parallel_for(int64_t n, int64_t grain, RangeFunction function, void* body) {
+  if (n <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  if (current_thread >= 0) return function(body, 0, n, current_thread);
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+  (void)registered;
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  const int threads = num_threads();
+  if (threads == 1 || n <= grain) {
+    current_thread = 0;
+    function(body, 0, n, 0);
+    current_thread = -1;
+    return;
+  }
+  if (!pool || pool->threads() != threads) {
+    pool.reset();
+    pool = std::make_unique<Pool>(threads);
+  }
+  pool->run(n, grain, function, body);
+}
+
+}  // namespace helexa
