@@ -1,0 +1,22 @@
+"""``out[t] = weight[ids[t]]``: rows of a packed table, dequantised, without expanding the table.
+
+``quant_embedding(ids, weight)``: ``ids`` [T] int64, ``weight`` a matrix packed by the ``quant_matmul`` implementation of the same
+name (tied heads share it) -> [T, K] float32. An id outside the table is a ValueError.
+"""
+
+from __future__ import annotations
+
+from ..registry import Implementation, Op
+
+quant_embedding = Op(
+    "quant_embedding",
+    "helexa_engine.ops.quant_embedding.reference",
+    Implementation(
+        "native",
+        "cpu",
+        "helexa_engine.ops.quant_embedding.native",
+        supports=lambda facts: facts.get("packed_by", "native") == "native",
+    ),
+)
+
+__all__ = ["quant_embedding"]

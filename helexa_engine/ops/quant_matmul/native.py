@@ -1,0 +1,65 @@
+"""``quant_matmul`` in the native core: see ``csrc/cpu/quant_matmul.cpp``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...quant.types import QuantType
+from ..registry import require_native
+
+if TYPE_CHECKING:
+    from .reference import Activation
+
+_native = require_native()
+
+
+def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> Any:
+    """Repacks ``data`` (uint8, as in a GGUF file) into tiles of 16 interleaved rows; ``data`` is not needed afterwards."""
+    expected = rows * quant_type.row_bytes(cols)
+    if data.dtype != np.uint8 or data.nbytes != expected:
+        raise ValueError(
+            f"pack: data: expected {expected} bytes as uint8 for {rows} x {cols} {quant_type}, got {data.nbytes}"
+        )
+    data = np.ascontiguousarray(data)
+    return _native.pack(quant_type.number, data.ctypes.data, rows, cols)
+
+
+def quant_matmul(
+    x: torch.Tensor,
+    parts: Sequence[Any],
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    activation: Activation | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`helexa_engine.ops.quant_matmul.reference.quant_matmul`. ``parts`` is a list of ``_native.PackedMatrix``."""
+    if x.dtype != torch.float32 or not x.is_contiguous() or x.dim() != 2:
+        raise ValueError(f"quant_matmul: x: expected contiguous float32 [T, K], got {x.dtype} {tuple(x.shape)}")
+    num_rows = x.shape[0]
+    width = sum(part.rows for part in parts) // (2 if activation else 1)
+    target = residual if residual is not None else out
+    if target is None:
+        target = torch.empty((num_rows, width), dtype=torch.float32)
+    elif target.dtype != torch.float32 or tuple(target.shape) != (num_rows, width) or not target.is_contiguous():
+        raise ValueError(
+            f"quant_matmul: output: expected contiguous float32 {(num_rows, width)}, got {target.dtype} {tuple(target.shape)}"
+        )
+    if x.shape[1] != parts[0].cols:
+        raise ValueError(f"quant_matmul: x: expected [T, {parts[0].cols}], got {tuple(x.shape)}")
+    _native.quant_matmul(
+        parts,
+        x.data_ptr(),
+        num_rows,
+        target.data_ptr(),
+        norm_weight.data_ptr() if norm_weight is not None else 0,
+        norm_eps,
+        activation == "silu_mul",
+        residual is not None,
+    )
+    return target

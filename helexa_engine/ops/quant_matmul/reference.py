@@ -1,0 +1,91 @@
+"""The twin of ``quant_matmul`` in plain PyTorch: dequantise, multiply. Nothing is cached, so memory stays the file's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ...quant.dequantize import dequantize
+from ...quant.types import QuantType
+
+Activation = Literal["silu_mul"]
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """A matrix [rows, cols] as the file stores it: ``data`` uint8, ``rows * quant_type.row_bytes(cols)`` bytes."""
+
+    quant_type: QuantType
+    data: np.ndarray
+    rows: int
+    cols: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.nbytes)
+
+    def dequantized(self, rows: np.ndarray | slice = slice(None)) -> torch.Tensor:
+        """Rows as float32 [n, cols]."""
+        blocks = self.data.reshape(self.rows, -1)[rows]
+        return torch.from_numpy(dequantize(self.quant_type, blocks.reshape(-1), (blocks.shape[0], self.cols)))
+
+
+def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> BlockMatrix:
+    """Keeps the blocks as they are. Raises ValueError when ``data`` has the wrong number of bytes."""
+    expected = rows * quant_type.row_bytes(cols)
+    if data.dtype != np.uint8 or data.nbytes != expected:
+        raise ValueError(
+            f"pack: data: expected {expected} bytes as uint8 for {rows} x {cols} {quant_type}, got {data.nbytes}"
+        )
+    return BlockMatrix(quant_type, np.array(data, copy=True), rows, cols)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension (Zhang and Sennrich, 2019)."""
+    return weight.to(x.dtype) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def quant_matmul(
+    x: torch.Tensor,
+    parts: Sequence[BlockMatrix],
+    *,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    activation: Activation | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """See :mod:`helexa_engine.ops.quant_matmul`.
+
+    Args:
+        x: [T, K] float32.
+        parts: matrices [N_i, K].
+        norm_weight: [K] float32; RMSNorm of ``x`` in front.
+        activation: ``"silu_mul"`` splits the product [T, 2F] into gate and up and gives ``silu(gate) * up`` [T, F].
+        residual: [T, N] float32, added to *in place* and returned.
+        out: [T, N] float32 to write to.
+        compute_dtype: dtype of every step; float64 makes this the truth of tests.
+    """
+    value = x.to(compute_dtype)
+    if norm_weight is not None:
+        value = rms_norm(value, norm_weight, norm_eps)
+    value = torch.cat([value @ part.dequantized().to(compute_dtype).T for part in parts], dim=-1)
+    if activation == "silu_mul":
+        gate, up = value.chunk(2, dim=-1)
+        value = torch.nn.functional.silu(gate) * up
+    elif activation is not None:
+        raise ValueError(f"quant_matmul: activation: expected None or 'silu_mul', got {activation!r}")
+    if residual is not None:
+        return (
+            residual.add_(value.to(residual.dtype))
+            if compute_dtype == residual.dtype
+            else residual.to(compute_dtype) + value
+        )
+    if out is not None:
+        return out.copy_(value)
+    return value

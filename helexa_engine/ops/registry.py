@@ -1,0 +1,114 @@
+"""Ops and their implementations: the table that names a twin and its fast forms, and chooses between them.
+
+An op's ``reference`` is plain PyTorch and the definition. An :class:`Implementation` is a module with the same functions.
+:meth:`Op.choose` runs once, when a layer is built; the choice is logged once. Falling back to the reference because the native
+core is missing is said aloud, never silent; ``HELEXA_OPS=op=implementation`` forces one or raises with the facts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from .. import env
+from ..errors import BackendUnavailable
+
+logger = logging.getLogger("helexa.ops")
+
+Facts = Mapping[str, Any]
+
+
+def native_core() -> ModuleType | None:
+    """The compiled core, or None where the package was installed without it."""
+    try:
+        return importlib.import_module("helexa_engine._native")
+    except ImportError:
+        return None
+
+
+def require_native() -> ModuleType:
+    """The compiled core. Raises :class:`BackendUnavailable`."""
+    core = native_core()
+    if core is None:
+        raise BackendUnavailable(
+            "the native core is not built; install a C++17 compiler and CMake and install helexa again"
+        )
+    return core
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One fast form of an op.
+
+    Attributes:
+        name: how ``HELEXA_OPS`` and the log call it.
+        device: device type it runs on.
+        module: dotted name of the module that implements it, imported when it is chosen.
+        supports: whether it can run with these facts (shapes, types).
+        computes_in: the dtype it multiplies in; the yardstick of its tests.
+        needs_native: whether it lives in the compiled core.
+    """
+
+    name: str
+    device: str
+    module: str
+    supports: Callable[[Facts], bool] = field(default=lambda facts: True)
+    computes_in: str = "float32"
+    needs_native: bool = True
+
+    def why_not(self, device: str, facts: Facts) -> str | None:
+        """None when it can run, else the reason."""
+        if device != self.device:
+            return f"it runs on {self.device}, not {device}"
+        if self.needs_native and native_core() is None:
+            return "the native core is not built"
+        if not self.supports(facts):
+            return f"it does not support {dict(facts)}"
+        return None
+
+
+class Op:
+    """An op: its reference and its implementations in order of preference."""
+
+    def __init__(self, name: str, reference: str, *implementations: Implementation) -> None:
+        self.name = name
+        self.reference = reference
+        self.implementations = implementations
+        self._logged: set[str] = set()
+
+    def choose(self, device: str, **facts: Any) -> ModuleType:
+        """The module to use on ``device`` (``"cpu"``) for these facts.
+
+        Raises:
+            BackendUnavailable: a forced implementation does not exist or cannot run here.
+        """
+        forced = env.forced_ops().get(self.name)
+        if forced == "reference":
+            return self._take("reference", self.reference, "forced by HELEXA_OPS")
+        reasons: list[str] = []
+        for implementation in self.implementations:
+            if forced not in (None, implementation.name):
+                continue
+            reason = implementation.why_not(device, facts)
+            if reason is None:
+                return self._take(implementation.name, implementation.module, f"on {device}")
+            reasons.append(f"{implementation.name}: {reason}")
+        if forced is not None:
+            known = ", ".join([*(i.name for i in self.implementations), "reference"])
+            detail = "; ".join(reasons) or f"unknown implementation; expected one of {known}"
+            raise BackendUnavailable(f"HELEXA_OPS forces {self.name}={forced} on {device} with {facts}: {detail}")
+        return self._take("reference", self.reference, "; ".join(reasons), slow=True)
+
+    def _take(self, name: str, module: str, why: str, *, slow: bool = False) -> ModuleType:
+        message = f"{self.name}: {name} ({why})"
+        if message not in self._logged:
+            self._logged.add(message)
+            if slow:
+                logger.warning("%s: plain PyTorch, same results, about a hundred times slower", message)
+            else:
+                logger.debug("%s", message)
+        return importlib.import_module(module)
