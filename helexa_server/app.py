@@ -1,0 +1,170 @@
+"""The HTTP application: the whole route table, and :func:`serve`, which ``helexa serve`` calls."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from helexa_engine.config import EngineConfig
+from helexa_engine.errors import InvalidRequest
+
+from . import endpoints
+from .auth import RequireApiKey
+from .config import ServerConfig
+from .endpoints import Generate
+from .errors import HANDLERS, CannotListen, as_helexa_error
+from .served_model import Engine, ServedModel, ServedModels, model_name
+from .wire import openai_chat, openai_completions
+
+log = logging.getLogger(__name__)
+
+ROUTES = [
+    Route("/v1/chat/completions", Generate(openai_chat), methods=["POST"]),
+    Route("/v1/completions", Generate(openai_completions), methods=["POST"]),
+    Route("/v1/models", endpoints.list_models),
+    Route("/v1/models/{model_id:path}", endpoints.get_model),
+    Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+    Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+    Route("/health", endpoints.health),
+    Route("/ready", endpoints.ready),
+    Route("/version", endpoints.version),
+]
+
+
+def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette:
+    """The ASGI application over ``models``, which may still be loading. Raises :class:`InvalidRequest`."""
+    key = config.api_key()
+    middleware = [] if key is None else [Middleware(RequireApiKey, api_key=key)]
+    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=HANDLERS)
+    app.router.redirect_slashes = False
+    app.state.config = config
+    app.state.models = ServedModels(models)
+    return app
+
+
+def serve(models: list[str], server: ServerConfig, engine: EngineConfig) -> int:
+    """Listens, loads ``models`` and serves until SIGINT or SIGTERM; 0 after an orderly end.
+
+    The port is bound first: while models load, ``/health`` answers and requests wait. A model that cannot be loaded ends
+    the server with its error.
+
+    Raises:
+        CannotListen: the port is in use or not ours to take.
+        HelexaError: whatever loading a model raises.
+    """
+    if server.served_model_name is not None and len(models) > 1:
+        raise InvalidRequest("served_model_name", f"names one model, but {len(models)} are served")
+    return asyncio.run(_serve(models, server, engine))
+
+
+async def _serve(models: list[str], config: ServerConfig, engine_config: EngineConfig) -> int:
+    served = [ServedModel(config.served_model_name or model_name(model)) for model in models]
+    app = create_app(served, config)
+    with listen(config.host, config.port) as listener:
+        server = Server(app, config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.stop)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        loading = asyncio.create_task(_load_all(models, served, engine_config))
+        log.info("listening on %s", url(listener))
+        try:
+            await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done() and loading.exception() is not None:
+                server.stop()
+            await serving
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            for model in served:
+                if model.engine is not None:
+                    await model.engine.aclose()
+        if not loading.cancelled() and (error := loading.exception()) is not None:
+            raise error
+    return 0
+
+
+async def _load_all(models: list[str], served: Sequence[ServedModel], config: EngineConfig) -> None:
+    """Loads one model after the other, so that each sees the memory the ones before it left."""
+    for model, slot in zip(models, served, strict=True):
+        try:
+            slot.loaded(await load_engine(model, config))
+        except Exception as error:
+            slot.failed(as_helexa_error(error))
+            raise
+        log.info("%s is ready", slot.id)
+
+
+async def load_engine(model: str, config: EngineConfig) -> Engine:
+    """The engine of ``model``. Loading takes a thread, so that the event loop goes on answering."""
+    from helexa_engine.runtime.async_engine import AsyncEngine  # brings torch
+
+    return await asyncio.to_thread(AsyncEngine, model, config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound, listening TCP socket. Raises :class:`CannotListen` that names the address and the way out."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise CannotListen(f"cannot resolve host {host!r}: {error.strerror}", host=host) from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise CannotListen(_bind_advice(error, host, port), host=host, port=port) from None
+    return listener
+
+
+def _bind_advice(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use; stop the program that holds it or choose another with --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host} needs privileges; choose one above 1023 with --port"
+    return f"cannot listen on {host}, port {port}: {error.strerror}; choose another address with --host"
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which end the process by the signal; :meth:`stop` ends it in good order."""
+
+    def __init__(self, app: Starlette, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(config.shutdown_seconds),
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """First call: no new connections, running requests have ``shutdown_seconds``. Second call: end now."""
+        self.force_exit = self.should_exit
+        self.should_exit = True

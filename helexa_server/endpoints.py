@@ -1,0 +1,351 @@
+"""The handlers. :class:`Generate` serves every wire format; the others describe the server and its models."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from helexa_engine.errors import HelexaError, InvalidRequest
+from helexa_engine.events import Collector, Event, Failed, Finished, PromptProcessed
+from helexa_engine.generate_request import GenerateRequest
+from helexa_engine.version import __version__
+
+from . import sse
+from .config import ServerConfig
+from .errors import RECORD, BodyTooLarge, ServiceUnavailable, UnsupportedMediaType, as_helexa_error, status_of
+from .served_model import RETRY_AFTER_SECONDS, ServedModel, ServedModels
+from .wire.frame import Call, Frame, Projection, Wire, decode
+
+log = logging.getLogger(__name__)
+requests_log = logging.getLogger("helexa_server.requests")
+
+Result = TypeVar("Result")
+
+
+async def read_json_body(request: Request) -> bytes:
+    """The body, at most ``max_body_bytes`` of it.
+
+    JSON must be declared: browsers send undeclared or ``text/plain`` bodies to other sites, a loopback server among
+    them, without asking. Raises :class:`UnsupportedMediaType`, :class:`BodyTooLarge`.
+    """
+    declared = request.headers.get("content-type", "")
+    if declared.partition(";")[0].strip().lower() != "application/json":
+        raise UnsupportedMediaType(f"expected content-type application/json, got {declared!r:.80}")
+    config: ServerConfig = request.app.state.config
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > config.max_body_bytes:
+            raise BodyTooLarge(f"the body exceeds {config.max_body_bytes} bytes", max_bytes=config.max_body_bytes)
+    return bytes(body)
+
+
+def json_response(payload: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(payload), status, media_type="application/json")
+
+
+# -- Generating
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[Result]) -> Result:
+    """Awaits ``work``, and cancels it the moment the client goes. The request's body must be read. Raises :class:`ClientGone`."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+class Generation:
+    """The running requests of one call: their events merged as they come. Leaving the context aborts what still runs."""
+
+    def __init__(self, model: ServedModel, requests: tuple[GenerateRequest, ...], load_wait_seconds: float) -> None:
+        self._model = model
+        self._requests = requests
+        self._load_wait_seconds = load_wait_seconds
+        self._events: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._running = len(requests)
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._run(i, request)) for i, request in enumerate(self._requests)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, prompt_index: int, request: GenerateRequest) -> None:
+        try:
+            engine = await self._model.ready(self._load_wait_seconds)
+            events = engine.generate(request)
+            try:
+                async for event in events:
+                    self._events.put_nowait((prompt_index, event))
+            finally:
+                await events.aclose()  # type: ignore[attr-defined]  # a generator: its own finally aborts the request
+        except Exception as error:
+            self._events.put_nowait((prompt_index, Failed(as_helexa_error(error))))
+        self._events.put_nowait((prompt_index, None))
+
+    async def next(self) -> tuple[int, Event] | None:
+        """The next event with the index of its prompt; None after the last. Raises the error of a :class:`Failed`."""
+        while self._running:
+            prompt_index, event = await self._events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            if event is not None:
+                return prompt_index, event
+            self._running -= 1
+        return None
+
+
+@dataclass
+class RequestRecord:
+    """What the log says about one request when it has ended, however it ended."""
+
+    path: str
+    model: str
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasons: list[str] = field(default_factory=list)
+    first_token_seconds: float | None = None
+    client_gone: bool = False
+    error: HelexaError | None = None
+
+    def push(self, event: Event) -> None:
+        if isinstance(event, PromptProcessed):
+            self.prompt_tokens += len(event.prompt_token_ids)
+            self.cached_tokens += event.cached_tokens
+        elif not isinstance(event, Failed):
+            self.completion_tokens += len(event.token_ids)
+            if event.token_ids and self.first_token_seconds is None:
+                self.first_token_seconds = time.monotonic() - self.started
+            if isinstance(event, Finished):
+                self.reasons.append(event.finish_reason)
+
+    def write(self) -> None:
+        first = "-" if self.first_token_seconds is None else f"{self.first_token_seconds:.3f}"
+        requests_log.info(
+            "%s id=%s model=%s prompt=%d cached=%d completion=%d reason=%s ttft=%s seconds=%.3f client=%s%s",
+            self.path,
+            self.request_id,
+            self.model,
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.completion_tokens,
+            self._reason(),
+            first,
+            time.monotonic() - self.started,
+            "gone" if self.client_gone else "here",
+            f" error={self.error.message!r:.200}" if self.error else "",
+        )
+
+    def _reason(self) -> str:
+        if self.error is not None:
+            return self.error.code
+        return ",".join(self.reasons) or "abort"
+
+
+class Generate:
+    """ASGI endpoint of one wire format: body > requests > events > frames, or one response."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        config: ServerConfig = request.app.state.config
+        models: ServedModels = request.app.state.models
+        try:
+            call = self.wire.parse_request(await read_json_body(request))
+        except ClientDisconnect:
+            return
+        model = models.find(call.model)
+        record = scope[RECORD] = RequestRecord(request.url.path, model.id, call.requests[0].request_id)
+        try:
+            async with Generation(model, call.requests, config.load_wait_seconds) as generation:
+                if call.stream:
+                    projector = self.wire.Projector(call, model.id, int(time.time()))
+                    stream = Stream(send, self.wire, projector, config.keep_alive_seconds)
+                    await unless_disconnected(receive, stream.run(generation, record))
+                else:
+                    response = await unless_disconnected(receive, self._whole(call, model, generation, record))
+                    await response(scope, receive, send)
+        except ClientGone:
+            record.client_gone = True
+        except HelexaError as error:
+            record.error = error
+            raise
+        finally:
+            record.write()
+
+    async def _whole(self, call: Call, model: ServedModel, generation: Generation, record: RequestRecord) -> Response:
+        """The non-streamed answer: the same events, collected."""
+        collectors = [
+            Collector(request.sampling_params.n, request.sampling_params.logprobs is not None)
+            for request in call.requests
+        ]
+        while (item := await generation.next()) is not None:
+            prompt_index, event = item
+            record.push(event)
+            collectors[prompt_index].push(event)
+        results = [collector.result() for collector in collectors]
+        return json_response(self.wire.build_response(call, results, model.id, int(time.time())))
+
+
+class Stream:
+    """Writes the frames of one call. The status goes out with the first frame, so what fails before it has its own status."""
+
+    def __init__(self, send: Send, wire: Wire, projector: Projection, keep_alive_seconds: float) -> None:
+        self._send = send
+        self._wire = wire
+        self._projector = projector
+        self._keep_alive_seconds = keep_alive_seconds
+        self._started = False
+
+    async def run(self, generation: Generation, record: RequestRecord) -> None:
+        try:
+            while (item := await self._next(generation)) is not None:
+                prompt_index, event = item
+                record.push(event)
+                await self._write(self._projector.push(event, prompt_index))
+            await self._write(self._projector.finish(), last=True)
+        except HelexaError as error:
+            if not self._started:
+                raise
+            record.error = error
+            body = self._wire.error_body(error, status_of(error))
+            await self._write([Frame(msgspec.json.encode(body))], last=True)
+
+    async def _next(self, generation: Generation) -> tuple[int, Event] | None:
+        """The next item; meanwhile a no-op frame after every silence. Waiting for an item is never cancelled by one."""
+        waiting = asyncio.ensure_future(generation.next())
+        try:
+            while True:
+                done, _ = await asyncio.wait((waiting,), timeout=self._keep_alive_seconds)
+                if done:
+                    return waiting.result()
+                await self._write([self._projector.keep_alive()])
+        finally:
+            waiting.cancel()
+
+    async def _write(self, frames: list[Frame], last: bool = False) -> None:
+        if not frames:
+            return
+        if not self._started:
+            self._started = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
+        body = b"".join(map(sse.encode, frames))
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+
+# -- The server and its models
+
+
+async def health(request: Request) -> Response:
+    """The process is up. Never waits for a model."""
+    return json_response({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Every model can serve."""
+    loading = [model.id for model in request.app.state.models if model.engine is None]
+    if loading:
+        raise ServiceUnavailable(f"still loading: {', '.join(loading)}", RETRY_AFTER_SECONDS)
+    return json_response({"status": "ready"})
+
+
+async def version(request: Request) -> Response:
+    return json_response({"name": "helexa", "version": __version__})
+
+
+async def list_models(request: Request) -> Response:
+    return json_response({"object": "list", "data": [_model_body(model) for model in request.app.state.models]})
+
+
+async def get_model(request: Request) -> Response:
+    name = request.path_params["model_id"]
+    return json_response(_model_body(_model(request, name))) if name else await list_models(request)
+
+
+def _model_body(model: ServedModel) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "helexa",
+        "status": "loading" if model.engine is None else "ready",
+    }
+    if model.engine is not None:
+        body["max_model_len"] = model.engine.model_info.max_model_len
+        body["limit"] = model.engine.model_info.limit
+    return body
+
+
+class TokenizeBody(msgspec.Struct):
+    """vLLM calls the text ``prompt``, llama-server ``content``."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+
+
+class DetokenizeBody(msgspec.Struct):
+    tokens: list[int]
+    model: str | None = None
+
+
+async def tokenize(request: Request) -> Response:
+    """Token ids of a text as it is: no template around it, and special tokens in it stay text."""
+    body = decode(await read_json_body(request), TokenizeBody)
+    text = body.content if body.prompt is None else body.prompt
+    if text is None:
+        raise InvalidRequest("prompt", "expected the text to tokenize")
+    engine = await _model(request, body.model).ready(request.app.state.config.load_wait_seconds)
+    tokens = await asyncio.to_thread(engine.tokenizer.encode, text)
+    return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": engine.model_info.max_model_len})
+
+
+async def detokenize(request: Request) -> Response:
+    """Text of token ids, under vLLM's name and under llama-server's."""
+    body = decode(await read_json_body(request), DetokenizeBody)
+    engine = await _model(request, body.model).ready(request.app.state.config.load_wait_seconds)
+    text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens)
+    return json_response({"prompt": text, "content": text})
+
+
+def _model(request: Request, name: str | None) -> ServedModel:
+    models: ServedModels = request.app.state.models
+    return models.find(name)

@@ -1,0 +1,1 @@
+"""Wire formats. Each parses a body into :class:`GenerateRequest` and projects the engine's events back; none knows HTTP."""

@@ -1,0 +1,95 @@
+"""What every wire format has in common: frames, the parsed call, and the interface the endpoints drive."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from helexa_engine.errors import HelexaError, InvalidRequest
+from helexa_engine.events import Event, GenerationResult
+from helexa_engine.generate_request import GenerateRequest
+
+Body = TypeVar("Body")
+
+
+class Frame(NamedTuple):
+    """One event of a stream: its payload on one line, and its name where the wire format names events."""
+
+    data: bytes
+    event: str = ""
+
+
+def json_frame(payload: Any) -> Frame:
+    return Frame(msgspec.json.encode(payload))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A parsed request body: what the engine shall do, and how the answer shall look.
+
+    Attributes:
+        model: name the client asked for; None or "" means the only model there is.
+        requests: one a prompt; more than one only where the wire format takes a list of prompts.
+        stream: answer in frames.
+        include_usage: end a stream with a usage frame.
+        parallel_tool_calls: False keeps only the first call of each answer.
+    """
+
+    model: str | None
+    requests: tuple[GenerateRequest, ...]
+    stream: bool = False
+    include_usage: bool = False
+    parallel_tool_calls: bool = True
+
+
+class Projection(Protocol):
+    """Turns the events of one streamed call into frames."""
+
+    def push(self, event: Event, prompt_index: int = 0) -> list[Frame]: ...
+
+    def keep_alive(self) -> Frame:
+        """A frame that changes nothing, sent after a silence."""
+        ...
+
+    def finish(self) -> list[Frame]:
+        """The frames after the last event."""
+        ...
+
+
+class Wire(Protocol):
+    """A module of this package, as the endpoints see it."""
+
+    def parse_request(self, body: bytes) -> Call: ...
+
+    def Projector(self, call: Call, model: str, created: int) -> Projection: ...  # noqa: N802 (a class in the modules)
+
+    def build_response(self, call: Call, results: Sequence[GenerationResult], model: str, created: int) -> Any: ...
+
+    def error_body(self, error: HelexaError, status: int) -> dict[str, Any]: ...
+
+
+_PLACE = re.compile(r" - at (?:key in )?`\$\.?(?P<path>.*)`$")
+_MISSING = re.compile(r"missing required field `(?P<name>\w+)`")
+
+
+def decode(body: bytes | msgspec.Raw, kind: type[Body], at: str = "") -> Body:
+    """JSON text as ``kind``; ``at`` is the path of this text in the whole body. Raises :class:`InvalidRequest` with the path."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        place = _PLACE.search(message)
+        path = place["path"] if place else ""
+        if missing := _MISSING.search(message):
+            path = f"{path}.{missing['name']}" if path else missing["name"]
+        reason = message[: place.start()] if place else message
+        full = f"{at}.{path}" if at and path and not path.startswith("[") else at + path
+        raise InvalidRequest(full or "body", reason[0].lower() + reason[1:]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest("body", f"expected JSON: {error}") from None
+    except RecursionError:
+        raise InvalidRequest("body", "nested too deeply") from None

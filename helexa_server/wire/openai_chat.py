@@ -1,0 +1,327 @@
+"""``POST /v1/chat/completions``: OpenAI's chat wire format, with the extensions vLLM and llama-server users expect."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from helexa_engine.errors import InvalidRequest
+from helexa_engine.events import (
+    Completion,
+    ContentDelta,
+    Event,
+    Failed,
+    Finished,
+    GenerationResult,
+    PromptProcessed,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallStart,
+)
+from helexa_engine.generate_request import GenerateRequest
+
+from .frame import Call, Frame, decode, json_frame
+from .openai import Accounts, SamplingFields, chat_logprobs, check_logprobs, error_body
+
+__all__ = ["Projector", "build_response", "error_body", "parse_request"]
+
+log = logging.getLogger(__name__)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS = ("image_url", "input_image", "image")
+
+
+class VisionUnsupported(InvalidRequest):
+    """The request carries an image and the model reads text only."""
+
+    code = "vision_unsupported"
+
+
+class Function(msgspec.Struct):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(msgspec.Struct):
+    function: Function
+    id: str | None = None
+
+
+class Message(msgspec.Struct):
+    """One turn. ``content`` is checked by hand: text, parts or, where there may be nothing to say, null."""
+
+    role: str
+    content: Any = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class ChatBody(SamplingFields, kw_only=True):
+    messages: list[msgspec.Raw]  # decoded one by one, so that an error can name the index
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+
+
+def parse_request(body: bytes) -> Call:
+    """The body as a call. Unknown fields are ignored. Raises :class:`InvalidRequest` with the path of the bad field."""
+    chat = decode(body, ChatBody)
+    max_tokens = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
+    tools = _tools(chat.tools)
+    request = GenerateRequest(
+        messages=[_message(raw, f"messages[{i}]") for i, raw in enumerate(chat.messages)],
+        tools=tools,
+        tool_choice=_tool_choice(chat.tool_choice, tools),
+        chat_template_kwargs=_template_kwargs(chat),
+        add_generation_prompt=chat.add_generation_prompt is not False,
+        sampling_params=chat.sampling_params(max_tokens=max_tokens, logprobs=_logprobs(chat)),
+    )
+    return Call(
+        model=chat.model,
+        requests=(request,),
+        stream=bool(chat.stream),
+        include_usage=chat.include_usage,
+        parallel_tool_calls=chat.parallel_tool_calls is not False,
+    )
+
+
+def _message(raw: msgspec.Raw, path: str) -> dict[str, Any]:
+    """A turn in the shape chat templates iterate: text content, null kept only beside tool calls."""
+    message = decode(raw, Message, path)
+    if message.role not in ROLES:
+        raise InvalidRequest(f"{path}.role", f"expected one of {', '.join(ROLES)}; got {message.role!r:.80}")
+    content = _content(message.content, f"{path}.content")
+    if content is None and message.role not in ("assistant", "tool"):
+        raise InvalidRequest(f"{path}.content", f"expected text or parts in a {message.role} message, got null")
+    turn: dict[str, Any] = {"role": message.role, "content": content}
+    if message.role == "assistant":
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning:
+            turn["reasoning_content"] = reasoning
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                _tool_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
+            ]
+        elif content is None:
+            turn["content"] = ""
+    elif message.role == "tool":
+        turn["content"] = content or ""
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn
+
+
+def _content(content: Any, path: str) -> str | None:
+    """Text as it is; text parts joined by newlines, as vLLM and llama-server do; unknown parts skipped with one log line."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(path, f"expected text, a list of parts or null, got {type(content).__name__}")
+    texts = []
+    for i, part in enumerate(content):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or not isinstance(kind, str):
+            raise InvalidRequest(f"{path}[{i}]", "expected an object with a type")
+        if kind in IMAGE_PARTS:
+            raise VisionUnsupported(f"{path}[{i}]", "this model reads text only; remove the image")
+        if kind not in TEXT_PARTS:
+            log.warning("skipped %s[%d]: unknown content part %.80r", path, i, kind)
+        elif isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise InvalidRequest(f"{path}[{i}].text", f"expected a string, got {part.get('text')!r:.80}")
+    return "\n".join(texts)
+
+
+def _tool_call(raw: msgspec.Raw, path: str) -> dict[str, Any]:
+    call = decode(raw, MessageToolCall, path)
+    arguments = {} if call.function.arguments is None else call.function.arguments
+    turn: dict[str, Any] = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return turn if call.id is None else {"id": call.id, **turn}
+
+
+def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Function tools, checked; hosted tools, which only their vendor can run, are skipped with one log line."""
+    functions = []
+    for i, tool in enumerate(tools or ()):
+        if tool.get("type", "function") != "function":
+            log.warning("skipped tools[%d]: unknown tool type %.80r", i, tool.get("type"))
+            continue
+        function = tool.get("function")
+        if not isinstance(function, dict):
+            raise InvalidRequest(f"tools[{i}].function", f"expected an object, got {function!r:.80}")
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            raise InvalidRequest(f"tools[{i}].function.name", f"expected a name, got {function.get('name')!r:.80}")
+        if not isinstance(function.get("parameters"), dict | None):
+            raise InvalidRequest(f"tools[{i}].function.parameters", "expected a JSON Schema object")
+        functions.append({"type": "function", "function": function})
+    return functions or None
+
+
+def _tool_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]] | None) -> str | dict[str, Any]:
+    if choice is None:
+        return "auto"
+    if isinstance(choice, str):
+        if choice not in ("none", "auto", "required"):
+            raise InvalidRequest("tool_choice", f"expected none, auto, required or a function, got {choice!r:.80}")
+        if choice == "required" and not tools:
+            raise InvalidRequest("tool_choice", "required needs at least one function in tools")
+        return choice
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice.get("type") != "function" or not isinstance(name, str):
+        raise InvalidRequest("tool_choice", 'expected {"type": "function", "function": {"name": ...}}')
+    if name not in [tool["function"]["name"] for tool in tools or ()]:
+        raise InvalidRequest("tool_choice.function.name", f"{name!r:.80} is not among tools")
+    return {"name": name}
+
+
+def _template_kwargs(chat: ChatBody) -> dict[str, Any]:
+    """``reasoning_effort`` is Qwen's ``enable_thinking``: none turns it off, any effort on. Explicit kwargs win."""
+    if chat.reasoning_effort is None:
+        return dict(chat.chat_template_kwargs or {})
+    return {"enable_thinking": chat.reasoning_effort != "none", **(chat.chat_template_kwargs or {})}
+
+
+def _logprobs(chat: ChatBody) -> int | None:
+    top = check_logprobs("top_logprobs", chat.top_logprobs)
+    if chat.logprobs:
+        return top or 0
+    if top:
+        raise InvalidRequest("top_logprobs", "needs logprobs: true")
+    return None
+
+
+class Projector:
+    """Events as ``chat.completion.chunk`` frames. All chunks share id, created and model; the role comes with the first token."""
+
+    def __init__(self, call: Call, model: str, created: int) -> None:
+        self._call = call
+        self._head = _head(call, "chat.completion.chunk", model, created)
+        self._wants_logprobs = call.requests[0].sampling_params.logprobs is not None
+        self._accounts = Accounts()
+        self._role_sent: set[int] = set()
+        self._unfinished = call.requests[0].sampling_params.n
+
+    def push(self, event: Event, prompt_index: int = 0) -> list[Frame]:
+        self._accounts.push(event)
+        if isinstance(event, PromptProcessed):
+            return []
+        if isinstance(event, Failed):
+            raise event.error
+        delta: dict[str, Any] = {}
+        if isinstance(event, ContentDelta):
+            delta = {"content": event.text}
+        elif isinstance(event, ReasoningDelta):
+            delta = {"reasoning_content": event.text}
+        elif isinstance(event, ToolCallStart | ToolCallDelta) and self._keeps(event.call_index):
+            delta = {"tool_calls": [_tool_call_fragment(event)]}
+        if isinstance(event, Finished):
+            return [self._last_chunk(event)]
+        if not event.logprobs and not any(delta.values()):
+            return []  # tokens whose text is still held back, or a call that was not asked for
+        return [self._chunk(self._choice(event, delta))]
+
+    def _keeps(self, call_index: int) -> bool:
+        return self._call.parallel_tool_calls or call_index == 0
+
+    def _last_chunk(self, event: Finished) -> Frame:
+        self._unfinished -= 1
+        delta: dict[str, Any] = {} if event.index in self._role_sent else {"content": ""}
+        choice = self._choice(event, delta)
+        choice["finish_reason"] = event.finish_reason
+        choice["stop_reason"] = event.stop_reason
+        if self._unfinished or self._call.include_usage:
+            return self._chunk(choice)
+        return json_frame({**self._head, "choices": [choice], "timings": self._accounts.timings_body()})
+
+    def _choice(self, event: Any, delta: dict[str, Any]) -> dict[str, Any]:
+        if event.index not in self._role_sent:
+            self._role_sent.add(event.index)
+            delta = {"role": "assistant", **delta}
+        choice: dict[str, Any] = {"index": event.index, "delta": delta, "finish_reason": None}
+        if self._wants_logprobs:
+            choice["logprobs"] = {"content": chat_logprobs(event.logprobs), "refusal": None}
+        return choice
+
+    def _chunk(self, choice: dict[str, Any]) -> Frame:
+        return json_frame({**self._head, "choices": [choice]})
+
+    def keep_alive(self) -> Frame:
+        return self._chunk({"index": 0, "delta": {}, "finish_reason": None})
+
+    def finish(self) -> list[Frame]:
+        done = Frame(b"[DONE]")
+        if not self._call.include_usage:
+            return [done]
+        accounts = {"usage": self._accounts.usage_body(), "timings": self._accounts.timings_body()}
+        return [json_frame({**self._head, "choices": [], **accounts}), done]
+
+
+def _tool_call_fragment(event: ToolCallStart | ToolCallDelta) -> dict[str, Any]:
+    if isinstance(event, ToolCallDelta):
+        return {"index": event.call_index, "function": {"arguments": event.arguments}}
+    return {
+        "index": event.call_index,
+        "id": event.id,
+        "type": "function",
+        "function": {"name": event.name, "arguments": ""},
+    }
+
+
+def build_response(call: Call, results: Sequence[GenerationResult], model: str, created: int) -> dict[str, Any]:
+    """The whole answer at once; its parts equal the joined parts of the stream."""
+    accounts = Accounts.of_results(results)
+    return {
+        **_head(call, "chat.completion", model, created),
+        "choices": [_whole_choice(call, completion) for completion in results[0].completions],
+        "usage": accounts.usage_body(),
+        "timings": accounts.timings_body(),
+    }
+
+
+def _whole_choice(call: Call, completion: Completion) -> dict[str, Any]:
+    calls = completion.tool_calls if call.parallel_tool_calls else completion.tool_calls[:1]
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+    if completion.reasoning:
+        message["reasoning_content"] = completion.reasoning
+    if calls:
+        message["content"] = completion.text or None
+        message["tool_calls"] = [_whole_tool_call(tool_call) for tool_call in calls]
+    logprobs = None
+    if completion.logprobs is not None:
+        logprobs = {"content": chat_logprobs(completion.logprobs), "refusal": None}
+    return {
+        "index": completion.index,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+
+
+def _whole_tool_call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _head(call: Call, kind: str, model: str, created: int) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{call.requests[0].request_id}", "object": kind, "created": created, "model": model}

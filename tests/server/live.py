@@ -1,0 +1,74 @@
+"""A live server on a free loopback port, over an engine that answers from a script."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+
+from helexa_engine.testing.fake_engine import FakeEngine
+from helexa_server.app import Server, create_app, listen, url
+from helexa_server.config import ServerConfig
+from helexa_server.served_model import ServedModel
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Returns once ``condition`` holds; fails the test when it does not within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.01)
+
+
+@dataclass
+class Live:
+    """A running server."""
+
+    url: str
+    model: ServedModel
+    loop: asyncio.AbstractEventLoop
+    stop: Callable[[], None]
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=options.pop("api_key", "none"), max_retries=0, **options
+        )
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, **{"timeout": 10.0, **options})
+
+
+@contextlib.contextmanager
+def live_server(engine: FakeEngine | None, **options: Any) -> Iterator[Live]:
+    """Serves ``engine`` as model "fake" from a thread; None leaves the model loading."""
+    config = ServerConfig(port=0, **{"keep_alive_seconds": 5.0, "shutdown_seconds": 1.0, **options})
+    model = ServedModel("fake")
+    if engine is not None:
+        model.loaded(engine)
+    listener = listen(config.host, config.port)
+    server = Server(create_app([model], config), config)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve(sockets=[listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield Live(url(listener), model, loops[0], server.stop)
+    finally:
+        server.stop()
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+Serve = Callable[..., Live]
