@@ -1,0 +1,103 @@
+"""The shipped file, read with the ``gguf`` package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from helexa_engine import demo
+from helexa_engine.demo.conversations import SKILLS, held_out
+from helexa_engine.demo.tokenizer import conversation
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.fixture(scope="module")
+def reader() -> Any:
+    return gguf.GGUFReader(demo.path())
+
+
+def value(reader: Any, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+def test_is_small_enough_for_the_wheel() -> None:
+    assert demo.path().stat().st_size <= 12_000_000
+
+
+def test_importing_the_package_needs_no_torch() -> None:
+    code = "import sys, helexa_engine.demo as d; assert d.path().exists(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dimensions_suit_k_quants(reader: Any) -> None:
+    assert value(reader, "general.architecture") == "qwen3"
+    heads, head_dim = value(reader, "qwen3.attention.head_count"), value(reader, "qwen3.attention.key_length")
+    for number in (
+        value(reader, "qwen3.embedding_length"),
+        value(reader, "qwen3.feed_forward_length"),
+        heads * head_dim,
+    ):
+        assert number % 256 == 0
+    assert value(reader, "qwen3.attention.value_length") == head_dim
+    assert value(reader, "qwen3.context_length") == 2048
+
+
+def test_tensors(reader: Any) -> None:
+    tensors = {t.name: t for t in reader.tensors}
+    assert len(tensors) == 2 + 11 * value(reader, "qwen3.block_count")
+    assert "output.weight" not in tensors  # tied
+    for tensor in tensors.values():
+        assert tensor.tensor_type.name == ("Q8_0" if len(tensor.shape) == 2 else "F32")
+    assert list(tensors["token_embd.weight"].shape) == [256, len(value(reader, "tokenizer.ggml.tokens"))]
+    assert 5e6 < sum(int(t.n_elements) for t in tensors.values()) < 1e7
+
+
+def test_tokenizer_metadata(reader: Any) -> None:
+    tokens, types = value(reader, "tokenizer.ggml.tokens"), value(reader, "tokenizer.ggml.token_type")
+    kinds = dict(zip(tokens, types, strict=True))
+    assert len(kinds) == len(tokens) == len(types)
+    assert value(reader, "tokenizer.ggml.model") == "gpt2"
+    assert value(reader, "tokenizer.ggml.pre") == "qwen2"
+    assert value(reader, "tokenizer.ggml.add_bos_token") is False
+    assert tokens[value(reader, "tokenizer.ggml.eos_token_id")] == "<|im_end|>"
+    assert tokens[value(reader, "tokenizer.ggml.padding_token_id")] == "<|endoftext|>"
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        assert kinds[token] == gguf.TokenType.CONTROL
+    for token in ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"):
+        assert kinds[token] == gguf.TokenType.USER_DEFINED
+    for merge in value(reader, "tokenizer.ggml.merges"):
+        left, right = merge.split(" ")
+        assert left in kinds and right in kinds and left + right in kinds
+
+
+def test_template_in_the_file_is_the_one_beside_it(reader: Any) -> None:
+    beside = (demo.FOLDER / "chat_template.jinja").read_text(encoding="utf-8")
+    assert value(reader, "tokenizer.chat_template") == beside.rstrip("\n")
+
+
+def test_transformers_reads_the_same_tokens_and_prompts() -> None:
+    """The tokenizer rebuilt from metadata encodes and decodes every conversation; transformers renders the same text."""
+    pytest.importorskip("transformers")
+    from transformers import PreTrainedTokenizerFast
+
+    from helexa_engine.demo import evaluate
+
+    _, tokenizer = evaluate.load_gguf(demo.path())
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = value(gguf.GGUFReader(demo.path()), "tokenizer.chat_template")
+    for skill in SKILLS:
+        for sample in held_out(skill, 10):
+            text = conversation(sample)
+            ids = tokenizer.encode(text).ids
+            assert tokenizer.decode(ids, skip_special_tokens=False) == text
+            rendered = fast.apply_chat_template(
+                [*sample.messages, sample.answer],
+                tools=sample.tools or None,
+                tokenize=False,
+                **sample.chat_template_kwargs,
+            )
+            assert rendered == text
