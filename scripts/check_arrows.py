@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "helexa_engine.testing": {
         "helexa_engine.weights", "helexa_engine.quant", "helexa_engine.runtime", "helexa_engine.text",
-        "helexa_engine.models", "helexa_engine.ops", "helexa_engine.presets",
+        "helexa_engine.models", "helexa_engine.ops", "helexa_engine.presets", "helexa_engine.cache",
     },
     "helexa_server.wire": set(),
     "helexa_server": {"helexa_server", "helexa_engine.runtime.async_engine"},

@@ -1,0 +1,1 @@
+"""Layers: what a model file is written in. Each owns its parameters and the ops chosen for them when it is built."""

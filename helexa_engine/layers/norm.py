@@ -1,0 +1,23 @@
+"""RMSNorm, a pair of numbers that the op behind it applies: on its own it is never a pass over memory."""
+
+from __future__ import annotations
+
+import torch
+
+from .weight import ParameterSlot, VectorParameter
+
+
+class RMSNorm:
+    """``w * x / sqrt(mean(x^2) + eps)``, Qwen3's form (no ``1 + w``). ``weight`` is [size] float32."""
+
+    def __init__(self, name: str, size: int, eps: float) -> None:
+        self._name = name
+        self._parameter = VectorParameter(size)
+        self.eps = eps
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._parameter.get()
+
+    def slots(self) -> dict[str, ParameterSlot]:
+        return {self._name: self._parameter}

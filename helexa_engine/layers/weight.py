@@ -1,0 +1,60 @@
+"""How a layer says which tensors it wants, and how it takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..quant.dequantize import dequantize
+from ..quant.types import QuantType
+
+
+class RawTensor(Protocol):
+    """A tensor as a checkpoint stores it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def quant_type(self) -> QuantType: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """PyTorch's order: [out, in] for a matrix."""
+
+    @property
+    def data(self) -> np.ndarray:
+        """uint8, as in a GGUF file of this type."""
+
+
+class ParameterSlot(Protocol):
+    """A place for one checkpoint tensor. The loader checks ``shape`` and calls :meth:`load` once."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def load(self, raw: RawTensor) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class VectorParameter:
+    """A 1-D parameter, kept in float32 whatever the file has."""
+
+    size: int
+    value: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    def load(self, raw: RawTensor) -> None:
+        self.value = torch.from_numpy(
+            np.array(dequantize(raw.quant_type, raw.data, raw.shape))
+        )  # a copy: the file may go
+
+    def get(self) -> torch.Tensor:
+        assert self.value is not None, "the checkpoint was not loaded"
+        return self.value

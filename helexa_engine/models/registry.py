@@ -1,0 +1,21 @@
+"""Which class runs which architecture: one line each."""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedCheckpoint
+from .qwen3 import Qwen3
+
+#: GGUF's architecture string -> model.
+MODELS: dict[str, type[Qwen3]] = {
+    "qwen3": Qwen3,
+}
+
+
+def model_class(architecture: str, where: str) -> type[Qwen3]:
+    """The class for an architecture. Raises :class:`UnsupportedCheckpoint` with what there is."""
+    try:
+        return MODELS[architecture]
+    except KeyError:
+        raise UnsupportedCheckpoint(
+            f"architecture {architecture!r} is not supported; helexa runs {', '.join(sorted(MODELS))}", where
+        ) from None

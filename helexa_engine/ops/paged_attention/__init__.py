@@ -1,0 +1,14 @@
+"""Attention of new tokens over paged keys and values, with everything between the q|k|v product and the context in one op:
+per-head RMSNorm of q and k, rotary embedding (half-split), cache write, causal grouped-query attention.
+
+``paged_attention(qkv, q_norm, k_norm, eps, cos_sin, positions, slot_mapping, page_tables, cu_seqlens, seq_lens, k_cache, v_cache,
+scale) -> ctx``; arguments as in :func:`helexa_engine.ops.paged_attention.reference.paged_attention`.
+"""
+
+from __future__ import annotations
+
+from ..registry import Op
+
+paged_attention = Op("paged_attention", "helexa_engine.ops.paged_attention.reference")
+
+__all__ = ["paged_attention"]
