@@ -12,6 +12,7 @@ from helexa_engine.errors import InvalidRequest
 from helexa_engine.events import (
     Completion,
     ContentDelta,
+    Delta,
     Event,
     Failed,
     Finished,
@@ -228,18 +229,19 @@ class Projector:
             return []
         if isinstance(event, Failed):
             raise event.error
-        delta: dict[str, Any] = {}
-        if isinstance(event, ContentDelta):
-            delta = {"content": event.text}
-        elif isinstance(event, ReasoningDelta):
-            delta = {"reasoning_content": event.text}
-        elif isinstance(event, ToolCallStart | ToolCallDelta) and self._keeps(event.call_index):
-            delta = {"tool_calls": [_tool_call_fragment(event)]}
         if isinstance(event, Finished):
             return [self._last_chunk(event)]
-        if not event.logprobs and not any(delta.values()):
+        delta = self._delta(event)
+        if not delta and not (self._wants_logprobs and event.logprobs):
             return []  # tokens whose text is still held back, or a call that was not asked for
         return [self._chunk(self._choice(event, delta))]
+
+    def _delta(self, event: Delta) -> dict[str, Any]:
+        if isinstance(event, ContentDelta):
+            return {"content": event.text} if event.text else {}
+        if isinstance(event, ReasoningDelta):
+            return {"reasoning_content": event.text} if event.text else {}
+        return {"tool_calls": [_tool_call_fragment(event)]} if self._keeps(event.call_index) else {}
 
     def _keeps(self, call_index: int) -> bool:
         return self._call.parallel_tool_calls or call_index == 0
@@ -254,7 +256,7 @@ class Projector:
             return self._chunk(choice)
         return json_frame({**self._head, "choices": [choice], "timings": self._accounts.timings_body()})
 
-    def _choice(self, event: Any, delta: dict[str, Any]) -> dict[str, Any]:
+    def _choice(self, event: Delta | Finished, delta: dict[str, Any]) -> dict[str, Any]:
         if event.index not in self._role_sent:
             self._role_sent.add(event.index)
             delta = {"role": "assistant", **delta}

@@ -101,7 +101,7 @@ class Projector:
         text = event.text if isinstance(event, ContentDelta | ReasoningDelta) else ""
         choice = self._choice(prompt_index * self._n + event.index, text, event.logprobs)
         if not isinstance(event, Finished):
-            return [self._chunk(choice)] if text or event.logprobs else []
+            return [self._chunk(choice)] if text or (self._logprobs is not None and event.logprobs) else []
         self._unfinished -= 1
         choice["finish_reason"] = event.finish_reason
         choice["stop_reason"] = event.stop_reason

@@ -1,0 +1,136 @@
+"""``serve`` as a process: the port first, then the model; an orderly end; clear words when it cannot begin."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from live import wait_until
+
+from helexa_engine.config import EngineConfig
+from helexa_engine.errors import InvalidRequest
+from helexa_server.app import CannotListen, listen, serve
+from helexa_server.config import ServerConfig
+
+#: ``serve`` over an engine that loads for as long as a file is missing. Prints its exit code, or the error it ends with.
+PROGRAM = """
+    import asyncio, pathlib, sys
+    from helexa_engine.config import EngineConfig
+    from helexa_engine.errors import HelexaError, ModelNotFound
+    from helexa_engine.testing.fake_engine import FakeEngine, scripted_answer
+    from helexa_server import app
+    from helexa_server.config import ServerConfig
+
+    port, loaded = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+
+    async def load_engine(model, config):
+        while not loaded.exists():
+            await asyncio.sleep(0.02)
+        if loaded.read_text() == "broken":
+            raise ModelNotFound(model, "it was a bad day")
+        return FakeEngine(scripted_answer("slow", pause=0.2))
+
+    app.load_engine = load_engine
+    try:
+        print("exit", app.serve(["demo"], ServerConfig(port=port, shutdown_seconds=5), EngineConfig()))
+    except HelexaError as error:
+        print("error", error)
+"""
+
+
+def free_port() -> int:
+    with listen("127.0.0.1", 0) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(port: int, loaded: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port), str(loaded)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(url: str, status: int) -> bool:
+    try:
+        return httpx.get(url).status_code == status
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_from_binding_to_an_orderly_end(tmp_path: Path, number: signal.Signals) -> None:
+    port, loaded = free_port(), tmp_path / "loaded"
+    url = f"http://127.0.0.1:{port}"
+    with serving(port, loaded) as process:
+        wait_until(lambda: answers(f"{url}/health", 200), seconds=30)
+        assert answers(f"{url}/ready", 503)
+        loaded.write_text("yes")
+        wait_until(lambda: answers(f"{url}/ready", 200))
+        body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+        text = ""
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                if not text:
+                    process.send_signal(number)  # the request that runs is answered to its end
+                text += line
+        assert text.endswith("[DONE]") and text.count('"content"') == len("slow")
+        assert process.communicate(timeout=10)[0] == "exit 0\n"
+
+
+def test_a_signal_ends_a_server_that_is_still_loading(tmp_path: Path) -> None:
+    port = free_port()
+    with serving(port, tmp_path / "never") as process:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/health", 200), seconds=30)
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=10)[0] == "exit 0\n"
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: Path) -> None:
+    loaded = tmp_path / "loaded"
+    loaded.write_text("broken")
+    with serving(free_port(), loaded) as process:
+        assert process.communicate(timeout=30)[0] == "error model 'demo' not found: it was a bad day\n"
+
+
+def test_a_port_in_use_is_named_with_the_way_out() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotListen, match=f"port {port} on 127.0.0.1 is in use.*--port") as caught:
+            serve(["demo"], ServerConfig(port=port), EngineConfig())
+    assert caught.value.facts["port"] == port
+    listen("127.0.0.1", port).close()
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(CannotListen, match="--host"):
+        listen("192.0.2.1", 0)
+    with pytest.raises(CannotListen, match="cannot resolve"):
+        listen("no-such-host.invalid", 0)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_ipv6_loopback() -> None:
+    with listen("::1", 0) as listener:
+        assert listener.family == socket.AF_INET6
+
+
+def test_one_name_cannot_stand_for_two_models() -> None:
+    with pytest.raises(InvalidRequest, match="served_model_name"):
+        serve(["a", "b"], ServerConfig(port=0, served_model_name="x"), EngineConfig())
