@@ -441,7 +441,8 @@ def _compile(source: str, now: Callable[[], datetime]) -> jinja2.Template:
     def replace(text: Any, old: str, new: str, count: int = -1) -> str:
         text = str(text)
         budget.check_length(len(text) + text.count(old) * len(new))
-        return text.replace(old, new, -1 if count is None else count)
+        replaced: str = text.replace(old, new, -1 if count is None else count)
+        return replaced
 
     def tojson(
         value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
@@ -480,5 +481,4 @@ def _compile(source: str, now: Callable[[], datetime]) -> jinja2.Template:
     }
     environment.globals.pop("lipsum", None)
     environment.helexa_budget = budget  # type: ignore[attr-defined]
-    template: jinja2.Template = environment.from_string(source)
-    return template
+    return environment.from_string(source)
