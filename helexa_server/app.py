@@ -8,7 +8,9 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,10 +25,13 @@ from .auth import RequireApiKey
 from .config import ServerConfig
 from .endpoints import Generate
 from .errors import HANDLERS, CannotListen, as_helexa_error
+from .logs import configure_logging
 from .served_model import Engine, ServedModel, ServedModels, model_name
 from .wire import openai_chat, openai_completions
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 ROUTES = [
     Route("/v1/chat/completions", Generate(openai_chat), methods=["POST"]),
@@ -64,6 +69,7 @@ def serve(models: list[str], server: ServerConfig, engine: EngineConfig) -> int:
     """
     if server.served_model_name is not None and len(models) > 1:
         raise InvalidRequest("served_model_name", f"names one model, but {len(models)} are served")
+    configure_logging(server.log_format)
     return asyncio.run(_serve(models, server, engine))
 
 
@@ -98,18 +104,49 @@ async def _load_all(models: list[str], served: Sequence[ServedModel], config: En
     """Loads one model after the other, so that each sees the memory the ones before it left."""
     for model, slot in zip(models, served, strict=True):
         try:
-            slot.loaded(await load_engine(model, config))
+            slot.loaded(await load_engine(model, config, slot.report))
         except Exception as error:
             slot.failed(as_helexa_error(error))
             raise
         log.info("%s is ready", slot.id)
 
 
-async def load_engine(model: str, config: EngineConfig) -> Engine:
-    """The engine of ``model``. Loading takes a thread, so that the event loop goes on answering."""
-    from helexa_engine.runtime.async_engine import AsyncEngine  # brings torch
+async def load_engine(model: str, config: EngineConfig, progress: Callable[[str, float], None]) -> Engine:
+    """The engine of ``model``, loaded in a thread of its own while the event loop goes on answering."""
 
-    return await asyncio.to_thread(AsyncEngine, model, config)
+    def load() -> Engine:
+        from helexa_engine.runtime.async_engine import AsyncEngine  # brings torch
+
+        engine: Engine = AsyncEngine(model, config, progress=progress)
+        return engine
+
+    return await in_daemon_thread(load)
+
+
+async def in_daemon_thread(work: Callable[[], Result]) -> Result:
+    """``work()`` in a thread that nobody waits for at exit: a signal may end the server in the middle of a load."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="helexa-load", daemon=True).start()
+    return await future
 
 
 def listen(host: str, port: int) -> socket.socket:

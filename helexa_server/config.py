@@ -6,6 +6,7 @@ import ipaddress
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from helexa_engine import env
 from helexa_engine.config import check_fields, knob
@@ -29,6 +30,7 @@ class ServerConfig:
     max_body_bytes: int = knob(32 * 2**20, "largest request body accepted, in bytes", low=1024)
     load_wait_seconds: float = knob(60.0, "how long a request waits for a model that is loading", low=0)
     keep_alive_seconds: float = knob(10.0, "silence in a stream after which a no-op chunk is sent", low=0.01)
+    log_format: Literal["text", "json"] = knob("text", "how log lines look on stderr")
     shutdown_seconds: float = knob(10.0, "how long running requests may go on after a signal to stop", low=0)
 
     def __post_init__(self) -> None:

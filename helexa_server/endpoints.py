@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable
@@ -106,12 +107,9 @@ class Generation:
     async def _run(self, prompt_index: int, request: GenerateRequest) -> None:
         try:
             engine = await self._model.ready(self._load_wait_seconds)
-            events = engine.generate(request)
-            try:
+            async with contextlib.aclosing(engine.generate(request)) as events:  # closing it aborts the request
                 async for event in events:
                     self._events.put_nowait((prompt_index, event))
-            finally:
-                await events.aclose()  # type: ignore[attr-defined]  # a generator: its own finally aborts the request
         except Exception as error:
             self._events.put_nowait((prompt_index, Failed(as_helexa_error(error))))
         self._events.put_nowait((prompt_index, None))
@@ -281,7 +279,11 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Every model can serve."""
-    loading = [model.id for model in request.app.state.models if model.engine is None]
+    loading = [
+        f"{model.id} ({model.progress[0]}, {model.progress[1]:.0%})"
+        for model in request.app.state.models
+        if model.engine is None
+    ]
     if loading:
         raise ServiceUnavailable(f"still loading: {', '.join(loading)}", RETRY_AFTER_SECONDS)
     return json_response({"status": "ready"})
@@ -308,7 +310,10 @@ def _model_body(model: ServedModel) -> dict[str, Any]:
         "owned_by": "helexa",
         "status": "loading" if model.engine is None else "ready",
     }
-    if model.engine is not None:
+    if model.engine is None:
+        stage, fraction = model.progress
+        body["progress"] = {"stage": stage, "fraction": fraction}
+    else:
         body["max_model_len"] = model.engine.model_info.max_model_len
         body["limit"] = model.engine.model_info.limit
     return body
@@ -342,6 +347,11 @@ async def detokenize(request: Request) -> Response:
     """Text of token ids, under vLLM's name and under llama-server's."""
     body = decode(await read_json_body(request), DetokenizeBody)
     engine = await _model(request, body.model).ready(request.app.state.config.load_wait_seconds)
+    for i, token_id in enumerate(body.tokens):
+        if not 0 <= token_id < engine.model_info.vocab_size:
+            raise InvalidRequest(
+                f"tokens[{i}]", f"expected a token id in [0, {engine.model_info.vocab_size}), got {token_id}"
+            )
     text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens)
     return json_response({"prompt": text, "content": text})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +19,9 @@ RETRY_AFTER_SECONDS = 5.0
 
 
 class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, /) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: Iterable[int], /) -> str: ...
 
 
 class Engine(Protocol):
@@ -33,7 +33,7 @@ class Engine(Protocol):
     @property
     def model_info(self) -> Any: ...
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[Event]: ...
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]: ...
 
     async def aclose(self) -> None: ...
 
@@ -47,11 +47,21 @@ class ServedModel:
         self._settled = asyncio.Event()
         self._engine: Engine | None = None
         self._error: HelexaError | None = None
+        self._progress = ("waiting", 0.0)
 
     @property
     def engine(self) -> Engine | None:
         """The engine, or None while it is loading or when that failed."""
         return self._engine
+
+    @property
+    def progress(self) -> tuple[str, float]:
+        """Stage of the load and the share of it that is done, 0 to 1."""
+        return self._progress
+
+    def report(self, stage: str, fraction: float) -> None:
+        """Notes how far the load is. May be called from any thread."""
+        self._progress = (stage, fraction)
 
     def loaded(self, engine: Engine) -> None:
         self._engine = engine

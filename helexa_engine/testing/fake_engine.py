@@ -32,6 +32,7 @@ class FakeModelInfo:
 
     name: str = "fake"
     architecture: str = "qwen3"
+    vocab_size: int = 256
     max_model_len: int = 4096
     weight_bytes: int = 1000
     kv_bytes: int = 100

@@ -79,6 +79,9 @@ def test_tokenize_and_detokenize(serve: Serve) -> None:
         assert http.post("/detokenize", json={"tokens": got["tokens"]}).json() == {"prompt": "hé", "content": "hé"}
         assert assert_envelope(http.post("/tokenize", json={}), 400, "invalid_request")["param"] == "prompt"
         assert assert_envelope(http.post("/detokenize", json={}), 400, "invalid_request")["param"] == "tokens"
+        for bad in (-1, 256):
+            error = assert_envelope(http.post("/detokenize", json={"tokens": [1, bad]}), 400, "invalid_request")
+            assert error["param"] == "tokens[1]"
         error = assert_envelope(http.post("/detokenize", json={"tokens": ["a"]}), 400, "invalid_request")
         assert error["param"].startswith("tokens[")
 

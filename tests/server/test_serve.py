@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +21,10 @@ import pytest
 from live import wait_until
 
 from helexa_engine.config import EngineConfig
-from helexa_engine.errors import InvalidRequest
-from helexa_server.app import CannotListen, listen, serve
+from helexa_engine.errors import InvalidRequest, ModelNotFound
+from helexa_server.app import CannotListen, in_daemon_thread, listen, serve
 from helexa_server.config import ServerConfig
+from helexa_server.logs import JsonFormatter
 
 #: ``serve`` over an engine that loads for as long as a file is missing. Prints its exit code, or the error it ends with.
 PROGRAM = """
@@ -32,7 +37,8 @@ PROGRAM = """
 
     port, loaded = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 
-    async def load_engine(model, config):
+    async def load_engine(model, config, progress):
+        progress("weights", 0.25)
         while not loaded.exists():
             await asyncio.sleep(0.02)
         if loaded.read_text() == "broken":
@@ -80,7 +86,9 @@ def test_from_binding_to_an_orderly_end(tmp_path: Path, number: signal.Signals) 
     url = f"http://127.0.0.1:{port}"
     with serving(port, loaded) as process:
         wait_until(lambda: answers(f"{url}/health", 200), seconds=30)
-        assert answers(f"{url}/ready", 503)
+        wait_until(lambda: "weights, 25%" in httpx.get(f"{url}/ready").text)
+        (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+        assert model["progress"] == {"stage": "weights", "fraction": 0.25}
         loaded.write_text("yes")
         wait_until(lambda: answers(f"{url}/ready", 200))
         body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -107,6 +115,39 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: 
     loaded.write_text("broken")
     with serving(free_port(), loaded) as process:
         assert process.communicate(timeout=30)[0] == "error model 'demo' not found: it was a bad day\n"
+
+
+def test_a_load_in_its_thread_can_be_left_behind() -> None:
+    """Its result and its error come back; one that takes forever keeps no event loop from closing."""
+
+    def fail() -> None:
+        raise ModelNotFound("x", "gone")
+
+    async def main() -> None:
+        assert await in_daemon_thread(lambda: 3) == 3
+        with pytest.raises(ModelNotFound):
+            await in_daemon_thread(fail)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(in_daemon_thread(forever.wait), 0.05)
+
+    forever = threading.Event()
+    try:
+        asyncio.run(asyncio.wait_for(main(), 10))
+    finally:
+        forever.set()
+
+
+def test_json_log_lines() -> None:
+    record = logging.LogRecord("helexa_server.x", logging.WARNING, __file__, 1, 'a "word" %d\n', (3,), None)
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    entry = json.loads(line)
+    assert (entry["level"], entry["logger"], entry["message"]) == ("warning", "helexa_server.x", 'a "word" 3\n')
+    try:
+        raise ValueError("why")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    assert "ValueError: why" in json.loads(JsonFormatter().format(record))["error"]
 
 
 def test_a_port_in_use_is_named_with_the_way_out() -> None:
