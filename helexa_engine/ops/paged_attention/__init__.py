@@ -7,8 +7,17 @@ scale) -> ctx``; arguments as in :func:`helexa_engine.ops.paged_attention.refere
 
 from __future__ import annotations
 
-from ..registry import Op
+from ..registry import Implementation, Op
 
-paged_attention = Op("paged_attention", "helexa_engine.ops.paged_attention.reference")
+paged_attention = Op(
+    "paged_attention",
+    "helexa_engine.ops.paged_attention.reference",
+    Implementation(
+        "native",
+        "cpu",
+        "helexa_engine.ops.paged_attention.native",
+        supports=lambda facts: facts["head_dim"] % 16 == 0 and facts["head_dim"] <= 512,
+    ),
+)
 
 __all__ = ["paged_attention"]

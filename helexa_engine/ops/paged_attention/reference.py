@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..quant_matmul.reference import rms_norm
+
+def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension. Squares are summed in float64, so that every order of summing gives the same
+    cached key, bit for bit."""
+    inverse = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + eps).to(x.dtype)
+    return x * inverse * weight.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
@@ -65,8 +70,8 @@ def paged_attention(
     heads = qkv.to(compute_dtype).view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     at = cos_sin[positions]
-    q = rotate(rms_norm(q, q_norm, eps), at)
-    k = rotate(rms_norm(k, k_norm, eps), at)
+    q = rotate(head_norm(q, q_norm, eps), at)
+    k = rotate(head_norm(k, k_norm, eps), at)
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
     k_cache[pages, :, offsets] = k.to(k_cache.dtype)
     v_cache[pages, :, offsets] = v.to(v_cache.dtype)

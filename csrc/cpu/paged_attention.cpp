@@ -1,0 +1,120 @@
+// Attention over paged keys and values: checks, the cut into tiles, and the choice of the instruction-set level.
+#include "paged_attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu_features.h"
+#include "thread_pool.h"
+
+namespace helexa {
+namespace {
+
+constexpr const char* kName = "paged_attention";
+
+void check_at(bool holds, const char* argument, int64_t index, const std::string& expected, int64_t got) {
+  if (!holds)
+    fail(kName, (std::string(argument) + "[" + std::to_string(index) + "]").c_str(), expected, std::to_string(got));
+}
+
+// Everything that is used as an index, before it is: a wrong page would read or overwrite another sequence's memory.
+void check_arguments(const PagedAttention& p) {
+  check(p.head_dim > 0 && p.head_dim % 16 == 0 && p.head_dim <= kMaxHeadDim, kName, "head_dim",
+        "a multiple of 16 up to 512", p.head_dim);
+  check(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, kName, "num_heads", "a multiple of num_kv_heads",
+        p.num_heads);
+  check(p.num_heads / p.num_kv_heads <= kAttentionTileRows, kName, "num_heads", "at most 48 a key-value head",
+        p.num_heads);
+  if (p.num_sequences == 0 && p.num_tokens == 0) return;
+  check_at(p.cu_seqlens[0] == 0, "cu_seqlens", 0, "0", p.cu_seqlens[0]);
+  for (int64_t i = 0; i < p.num_sequences; ++i) {
+    const int64_t begin = p.cu_seqlens[i], end = p.cu_seqlens[i + 1], length = p.seq_lens[i];
+    check_at(begin <= end && end <= p.num_tokens, "cu_seqlens", i + 1,
+             std::to_string(begin) + " to " + std::to_string(p.num_tokens), end);
+    check_at(end - begin <= length, "seq_lens", i, "at least its " + std::to_string(end - begin) + " new tokens",
+             length);
+    const int64_t pages = (length + kPageSize - 1) / kPageSize;
+    check_at(pages <= p.pages_per_sequence, "seq_lens", i,
+             "at most what " + std::to_string(p.pages_per_sequence) + " pages hold", length);
+    const int32_t* table = p.page_tables + i * p.pages_per_sequence;
+    for (int64_t j = 0; j < pages; ++j) {
+      check_at(table[j] >= 0 && table[j] < p.num_pages, ("page_tables[" + std::to_string(i) + "]").c_str(), j,
+               "a page below " + std::to_string(p.num_pages), table[j]);
+    }
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t position = length - (end - t);
+      check_at(p.positions[t] == position, "positions", t, std::to_string(position) + " (the end of its sequence)",
+               p.positions[t]);
+      check_at(position < p.max_positions, "positions", t, "below " + std::to_string(p.max_positions), position);
+      const int64_t slot = table[position / kPageSize] * int64_t(kPageSize) + position % kPageSize;
+      check_at(p.slot_mapping[t] == slot, "slot_mapping", t, std::to_string(slot) + " (from page_tables)",
+               p.slot_mapping[t]);
+    }
+  }
+  check_at(p.cu_seqlens[p.num_sequences] == p.num_tokens, "cu_seqlens", p.num_sequences, std::to_string(p.num_tokens),
+           p.cu_seqlens[p.num_sequences]);
+}
+
+const AttentionKernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_isa()) {
+    case CpuIsa::kAvx512:
+      return kAttentionAvx512;
+    case CpuIsa::kAvx2:
+      return kAttentionAvx2;
+    default:
+      break;
+  }
+#endif
+  return kAttentionGeneric;
+}
+
+// The calling thread's scratch memory; grows to the largest head, stays until the thread ends.
+float* scratch(int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<float[], Free> memory;
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+    size = floats;
+  }
+  return memory.get();
+}
+
+}  // namespace
+
+void paged_attention(const PagedAttention& args) {
+  check_arguments(args);
+  const AttentionKernels& level = kernels();
+  constexpr int64_t kHeadsPerRange = 32;  // one decode step stays on the calling thread
+  parallel_for(args.num_tokens * args.num_kv_heads, kHeadsPerRange,
+               [&](int64_t begin, int64_t end, int) { level.write_kv(args, begin, end); });
+
+  const int64_t tile_tokens = kAttentionTileRows / (args.num_heads / args.num_kv_heads);
+  std::vector<AttentionTile> tiles;
+  for (int64_t i = 0; i < args.num_sequences; ++i) {
+    const int64_t begin = args.cu_seqlens[i], end = args.cu_seqlens[i + 1];
+    for (int64_t first = begin; first < end; first += tile_tokens) {
+      for (int head = 0; head < args.num_kv_heads; ++head) {
+        tiles.push_back({i, first, std::min(tile_tokens, end - first), head});
+      }
+    }
+  }
+  // The tiles with most keys first, so that the threads end together.
+  std::stable_sort(tiles.begin(), tiles.end(), [&](const AttentionTile& a, const AttentionTile& b) {
+    return args.positions[a.first_token] > args.positions[b.first_token];
+  });
+  parallel_for(int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end, int) {
+    float* memory = scratch(attention_scratch_floats(args.head_dim));
+    for (int64_t i = begin; i < end; ++i) level.attend(args, tiles[i], memory);
+  });
+}
+
+}  // namespace helexa

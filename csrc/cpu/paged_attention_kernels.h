@@ -1,0 +1,252 @@
+// Body of one instruction-set level of paged_attention. Included inside an anonymous namespace by the file of each
+// level, after it has defined `Vec`: kWidth floats with the operations used below, and kColumns, the vectors of a
+// register block. No standard library here: an inline function compiled for a higher level must not reach the linker.
+
+constexpr int kRows = 6;       // query rows of a register block
+constexpr int kDotBlock = 32;  // a score is summed in blocks of this many dimensions: smaller rounding errors
+
+// Keys of a page, transposed and converted: out[d][key], for the first `vectors` vectors of keys.
+template <class T>
+void transpose_keys(const T* keys, int head_dim, int vectors, float* out) {
+  for (int v = 0; v < vectors; ++v) {
+    for (int d = 0; d < head_dim; d += Vec::kWidth) {
+      Vec::transpose(keys + int64_t(v) * Vec::kWidth * head_dim + d, head_dim, out + d * kPageSize + v * Vec::kWidth,
+                     kPageSize);
+    }
+  }
+}
+
+template <class T>
+void convert(const T* in, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += Vec::kWidth) Vec::load(in + i).store(out + i);
+}
+
+// out[r][c] = out[r][c] * factor[r] + sum over k, in order, of a[r][k] * b[k][c], for kR rows and kC vectors of
+// columns; without factors the sum alone. The sum of one element never depends on kR or kC.
+template <int kR, int kC, class T>
+void multiply_block(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
+                    float* out, int64_t out_stride) {
+  Vec sum[kR][kC];
+  for (auto& row : sum) {
+    for (Vec& s : row) s = Vec::broadcast(0.0f);
+  }
+  for (int k = 0; k < k_end; ++k) {
+    Vec column[kC];
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) column[c] = Vec::load(b + k * b_stride + c * Vec::kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kR; ++r) {
+      const Vec row = Vec::broadcast(a[r * a_stride + k]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kC; ++c) sum[r][c] = multiply_add(row, column[c], sum[r][c]);
+    }
+  }
+  for (int r = 0; r < kR; ++r) {
+    for (int c = 0; c < kC; ++c) {
+      float* place = out + r * out_stride + c * Vec::kWidth;
+      if (factor) sum[r][c] = multiply_add(Vec::load(place), Vec::broadcast(factor[r]), sum[r][c]);
+      sum[r][c].store(place);
+    }
+  }
+}
+
+template <int kR, class T>
+void multiply_rows(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
+                   float* out, int64_t out_stride, int vectors) {
+  int c = 0;
+  for (; c + kColumns <= vectors; c += kColumns) {
+    multiply_block<kR, kColumns>(a, a_stride, b + c * Vec::kWidth, b_stride, k_end, factor, out + c * Vec::kWidth,
+                                 out_stride);
+  }
+  for (; c < vectors; ++c) {
+    multiply_block<kR, 1>(a, a_stride, b + c * Vec::kWidth, b_stride, k_end, factor, out + c * Vec::kWidth, out_stride);
+  }
+}
+
+// out [rows, vectors * kWidth] = out * factor (or nothing) + a [rows, k_end] b [k_end, vectors * kWidth].
+template <class T>
+void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
+              float* out, int64_t out_stride, int rows, int vectors) {
+  for (int r = 0; r < rows; r += kRows) {
+    const float* a_rows = a + r * a_stride;
+    const float* factors = factor ? factor + r : nullptr;
+    float* out_rows = out + r * out_stride;
+    switch (rows - r) {
+      case 1:
+        multiply_rows<1>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        break;
+      case 2:
+        multiply_rows<2>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        break;
+      case 3:
+        multiply_rows<3>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        break;
+      case 4:
+        multiply_rows<4>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        break;
+      case 5:
+        multiply_rows<5>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        break;
+      default:
+        multiply_rows<kRows>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+    }
+  }
+}
+
+// e^x for x <= 0, about 1 unit in the last place; 0 below -87, NaN for NaN. Cody and Waite's reduction, then Taylor's
+// polynomial on |r| <= ln(2) / 2.
+Vec exp_of_negative(Vec x) {
+  const Vec n = round(x * Vec::broadcast(1.44269504088896341f));
+  Vec r = multiply_add(n, Vec::broadcast(-0.693359375f), x);
+  r = multiply_add(n, Vec::broadcast(2.12194440e-4f), r);
+  Vec y = Vec::broadcast(1.0f / 5040);
+  y = multiply_add(y, r, Vec::broadcast(1.0f / 720));
+  y = multiply_add(y, r, Vec::broadcast(1.0f / 120));
+  y = multiply_add(y, r, Vec::broadcast(1.0f / 24));
+  y = multiply_add(y, r, Vec::broadcast(1.0f / 6));
+  y = multiply_add(y, r, Vec::broadcast(0.5f));
+  y = multiply_add(y, r, Vec::broadcast(1.0f));
+  y = multiply_add(y, r, Vec::broadcast(1.0f));
+  return zero_where_less(x, Vec::broadcast(-87.0f), scale_by_power_of_two(y, n));
+}
+
+// RMSNorm and rotation of one head, then a factor. Squares are summed in double so that any order gives the same float,
+// and multiplications and additions stay separate: the cached key is equal bit for bit to the Python reference's.
+void norm_and_rotate(const float* x, const float* weight, double eps, const float* cos_sin, int head_dim, float factor,
+                     float* out) {
+  double squares[8] = {};
+  for (int d = 0; d < head_dim; d += 8) {
+    for (int i = 0; i < 8; ++i) squares[i] += double(x[d + i]) * x[d + i];
+  }
+  double sum = 0;
+  for (int i = 0; i < 8; ++i) sum += squares[i];
+  const Vec inverse = Vec::broadcast(float(1.0 / __builtin_sqrt(sum / head_dim + eps)));
+  const Vec f = Vec::broadcast(factor);
+  const int half = head_dim / 2;
+  int d = 0;
+  for (; d + Vec::kWidth <= half; d += Vec::kWidth) {
+    const Vec a = Vec::load(x + d) * inverse * Vec::load(weight + d);
+    const Vec b = Vec::load(x + half + d) * inverse * Vec::load(weight + half + d);
+    const Vec cosine = Vec::load(cos_sin + d), sine = Vec::load(cos_sin + half + d);
+    ((a * cosine - b * sine) * f).store(out + d);
+    ((b * cosine + a * sine) * f).store(out + half + d);
+  }
+  for (; d < half; ++d) {  // head_dim 80: halves of 40
+    const float root = inverse.first();
+    const float a = x[d] * root * weight[d], b = x[half + d] * root * weight[half + d];
+    out[d] = (a * cos_sin[d] - b * cos_sin[half + d]) * factor;
+    out[half + d] = (b * cos_sin[d] + a * cos_sin[half + d]) * factor;
+  }
+}
+
+template <class T>
+void write_kv_as(const PagedAttention& p, int64_t begin, int64_t end) {
+  const int d = p.head_dim;
+  alignas(64) float key[kMaxHeadDim];
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t token = i / p.num_kv_heads, head = i % p.num_kv_heads;
+    const float* row = p.qkv + token * (p.num_heads + 2 * p.num_kv_heads) * d;
+    const float* k = row + (p.num_heads + head) * d;
+    const float* v = row + (p.num_heads + p.num_kv_heads + head) * d;
+    const int64_t page = p.slot_mapping[token] / kPageSize, offset = p.slot_mapping[token] % kPageSize;
+    const int64_t place = ((page * p.num_kv_heads + head) * kPageSize + offset) * d;
+    norm_and_rotate(k, p.k_norm, p.eps, p.cos_sin + p.positions[token] * d, d, 1.0f, key);
+    for (int j = 0; j < d; j += Vec::kWidth) {
+      Vec::load(key + j).store(static_cast<T*>(p.k_cache) + place + j);
+      Vec::load(v + j).store(static_cast<T*>(p.v_cache) + place + j);
+    }
+  }
+}
+
+void write_kv(const PagedAttention& p, int64_t begin, int64_t end) {
+  p.half_cache ? write_kv_as<Half>(p, begin, end) : write_kv_as<float>(p, begin, end);
+}
+
+// The step of the online softmax for one row and one page. `scores` becomes exp(score - new maximum), 0 from `valid`
+// on; returns the factor by which what was summed before shrinks. With no valid key nothing changes and the factor
+// is 1.
+float softmax_step(float* scores, int valid, int vectors, float* maximum, float* sum) {
+  const Vec infinite = Vec::broadcast(-__builtin_inff());
+  Vec s[kPageSize / Vec::kWidth];
+  Vec top = Vec::broadcast(*maximum);
+  for (int v = 0; v < vectors; ++v) {
+    s[v] = select_first(valid - v * Vec::kWidth, Vec::load(scores + v * Vec::kWidth), infinite);
+    top = max(top, s[v]);
+  }
+  const float new_maximum = reduce_max(top);
+  const Vec m = Vec::broadcast(new_maximum);
+  Vec total = Vec::broadcast(0.0f);
+  for (int v = 0; v < vectors; ++v) {
+    const Vec e = exp_of_negative(s[v] - m);
+    e.store(scores + v * Vec::kWidth);
+    total = total + e;
+  }
+  const float factor = exp_of_negative(Vec::broadcast(*maximum - new_maximum)).first();
+  *sum = *sum * factor + reduce_add(total);
+  *maximum = new_maximum;
+  return factor;
+}
+
+template <class T>
+void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratch) {
+  const int head_dim = p.head_dim, group = p.num_heads / p.num_kv_heads;
+  const int rows = int(tile.num_tokens) * group;
+  float* keys = scratch;                                     // [head_dim, kPageSize]
+  float* values = keys + kPageSize * head_dim;               // [kPageSize, head_dim]
+  float* queries = values + kPageSize * head_dim;            // [kAttentionTileRows, head_dim]
+  float* context = queries + kAttentionTileRows * head_dim;  // [kAttentionTileRows, head_dim]
+  float* scores = context + kAttentionTileRows * head_dim;   // [kAttentionTileRows, kPageSize]
+  float maximum[kAttentionTileRows], sum[kAttentionTileRows], factor[kAttentionTileRows];
+  float ones[kAttentionTileRows];
+  for (float& one : ones) one = 1.0f;
+
+  for (int r = 0; r < rows; ++r) {
+    const int64_t token = tile.first_token + r / group;
+    const int64_t head = int64_t(tile.kv_head) * group + r % group;
+    const float* q = p.qkv + (token * (p.num_heads + 2 * p.num_kv_heads) + head) * head_dim;
+    norm_and_rotate(q, p.q_norm, p.eps, p.cos_sin + p.positions[token] * head_dim, head_dim, p.scale,
+                    queries + r * head_dim);
+    maximum[r] = -__builtin_inff();
+    sum[r] = 0.0f;
+  }
+  for (int64_t i = 0; i < int64_t(rows) * head_dim; ++i) context[i] = 0.0f;
+
+  const int32_t* pages = p.page_tables + tile.sequence * p.pages_per_sequence;
+  const int64_t length = p.positions[tile.first_token + tile.num_tokens - 1] + 1;  // keys that the last row sees
+  for (int64_t first_key = 0; first_key < length; first_key += kPageSize) {
+    const int num_keys = length - first_key < kPageSize ? int(length - first_key) : kPageSize;
+    const int vectors = (num_keys + Vec::kWidth - 1) / Vec::kWidth;
+    const int64_t place =
+        (int64_t(pages[first_key / kPageSize]) * p.num_kv_heads + tile.kv_head) * kPageSize * head_dim;
+    transpose_keys(static_cast<const T*>(p.k_cache) + place, head_dim, vectors, keys);
+    for (int d = 0; d < head_dim; d += kDotBlock) {
+      multiply(queries + d, head_dim, keys + d * kPageSize, kPageSize,
+               head_dim - d < kDotBlock ? head_dim - d : kDotBlock, d ? ones : nullptr, scores, kPageSize, rows,
+               vectors);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const int64_t visible = p.positions[tile.first_token + r / group] + 1 - first_key;
+      const int valid = visible < 0 ? 0 : visible < num_keys ? int(visible) : num_keys;
+      factor[r] = softmax_step(scores + r * kPageSize, valid, vectors, maximum + r, sum + r);
+    }
+    const T* v = static_cast<const T*>(p.v_cache) + place;
+    if (rows <= kRows || sizeof(T) == sizeof(float)) {  // each value is used once, or needs no conversion
+      multiply(scores, kPageSize, v, head_dim, num_keys, factor, context, head_dim, rows, head_dim / Vec::kWidth);
+    } else {
+      convert(v, int64_t(num_keys) * head_dim, values);
+      multiply(scores, kPageSize, values, head_dim, num_keys, factor, context, head_dim, rows, head_dim / Vec::kWidth);
+    }
+  }
+
+  for (int r = 0; r < rows; ++r) {
+    const int64_t token = tile.first_token + r / group;
+    const int64_t head = int64_t(tile.kv_head) * group + r % group;
+    float* out = p.ctx + (token * p.num_heads + head) * head_dim;
+    const Vec inverse = Vec::broadcast(1.0f / sum[r]);
+    for (int d = 0; d < head_dim; d += Vec::kWidth) (Vec::load(context + r * head_dim + d) * inverse).store(out + d);
+  }
+}
+
+void attend(const PagedAttention& p, const AttentionTile& tile, float* scratch) {
+  p.half_cache ? attend_as<Half>(p, tile, scratch) : attend_as<float>(p, tile, scratch);
+}

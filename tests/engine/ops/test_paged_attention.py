@@ -1,0 +1,272 @@
+"""``paged_attention``: the native core against its twin, and the equalities that prefill, decode and batching rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from helexa_engine.ops.paged_attention import reference
+from helexa_engine.ops.registry import native_core
+
+if native_core() is None:
+    pytest.skip("the native core is not built", allow_module_level=True)
+
+from helexa_engine import _native
+from helexa_engine.ops.paged_attention import native
+
+PAGE_SIZE = 64
+EPS = 1e-6
+
+
+@dataclass
+class Case:
+    """Sequences of ``past + new`` tokens with their pages scattered over a cache; what lies outside of them is NaN."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    qkv: list[torch.Tensor]  # per sequence [length, width], all tokens
+    pages: list[list[int]]
+    num_pages: int
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+    cos_sin: torch.Tensor
+
+    def empty_cache(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.num_pages, self.num_kv_heads, PAGE_SIZE, self.head_dim)
+        k, v = (torch.full(shape, float("nan"), dtype=dtype or self.dtype) for _ in range(2))
+        return k, v
+
+    def run(self, module, cache, spans, which=None, **options) -> torch.Tensor:
+        """One call over tokens ``begin:end`` of the sequences ``which`` (default: all)."""
+        which = list(range(len(self.qkv))) if which is None else which
+        width = max(len(self.pages[i]) for i in which) + 1
+        tables = torch.zeros((len(which), width), dtype=torch.int32)
+        positions, slots, rows, ends, cu = [], [], [], [], [0]
+        for row, i in enumerate(which):
+            begin, end = spans[row]
+            pages = torch.tensor(self.pages[i])
+            tables[row, : len(pages)] = pages.int()
+            at = torch.arange(begin, end)
+            positions.append(at)
+            slots.append(pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE)
+            rows.append(self.qkv[i][begin:end])
+            ends.append(end)
+            cu.append(cu[-1] + end - begin)
+        return module.paged_attention(
+            torch.cat(rows).contiguous(), self.q_norm, self.k_norm, EPS, self.cos_sin, torch.cat(positions),
+            torch.cat(slots), tables, torch.tensor(cu, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32),
+            *cache, self.head_dim**-0.5, **options,
+        )  # fmt: skip
+
+    def whole(self) -> list[tuple[int, int]]:
+        return [(0, len(rows)) for rows in self.qkv]
+
+
+def make(lengths, *, heads=(4, 2), head_dim=64, dtype=torch.float16, seed=0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    counts = [-(-length // PAGE_SIZE) for length in lengths]
+    shuffled = torch.randperm(sum(counts) + 3, generator=generator).tolist()
+    pages = [[shuffled.pop() for _ in range(count)] for count in counts]
+    angles = torch.arange(max(lengths) + 1)[:, None] * 10000 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    return Case(
+        num_heads, num_kv_heads, head_dim, dtype,
+        [2 * torch.randn(length, width, generator=generator) for length in lengths],
+        pages, sum(counts) + 3,
+        1 + 0.2 * torch.randn(head_dim, generator=generator), 1 + 0.2 * torch.randn(head_dim, generator=generator),
+        torch.cat([angles.cos(), angles.sin()], -1).float(),
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512"])
+def isa(request) -> Iterator[str]:
+    before = _native.cpu_isa()
+    try:
+        _native.set_cpu_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _native.set_cpu_isa(before)
+
+
+def assert_as_good_as_the_twin(case: Case, spans=None) -> None:
+    """Error against the twin in float64 at most twice the float32 twin's; caches bit for bit the float32 twin's."""
+    spans = spans or case.whole()
+    truth = case.run(reference, case.empty_cache(), spans, compute_dtype=torch.float64)
+    twin_cache, cache = case.empty_cache(), case.empty_cache()
+    twin = case.run(reference, twin_cache, spans)
+    got = case.run(native, cache, spans)
+    assert not got.isnan().any()
+    for ours, theirs in zip(cache, twin_cache, strict=True):
+        integers = torch.int16 if case.dtype == torch.float16 else torch.int32
+        nan = theirs.isnan()
+        assert torch.equal(ours.isnan(), nan)
+        assert torch.equal(ours.view(integers)[~nan], theirs.view(integers)[~nan])
+    assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 1000])
+def test_equals_the_twin_at_every_length(isa: str, length: int, dtype: torch.dtype) -> None:
+    assert_as_good_as_the_twin(make([length], dtype=dtype))
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (8, 1), (7, 1)], ids=str)
+def test_equals_the_twin_for_every_shape(isa: str, heads: tuple[int, int], head_dim: int) -> None:
+    assert_as_good_as_the_twin(make([70, 3], heads=heads, head_dim=head_dim))
+
+
+def test_packed_sequences_of_unequal_length(isa: str) -> None:
+    assert_as_good_as_the_twin(make([1, 130, 64, 7, 65, 1]))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 63, 64, 65])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+def test_chunked_prefill_equals_whole_bit_for_bit(isa: str, chunk: int, dtype: torch.dtype) -> None:
+    case = make([200], heads=(6, 2), dtype=dtype)
+    whole_cache, cache = case.empty_cache(), case.empty_cache()
+    whole = case.run(native, whole_cache, [(0, 200)])
+    parts = [case.run(native, cache, [(i, min(i + chunk, 200))]) for i in range(0, 200, chunk)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(cache, whole_cache, strict=True))
+
+
+def test_a_batch_equals_each_alone_bit_for_bit(isa: str) -> None:
+    """Prefill, decode and a chunk in one batch."""
+    case = make([150, 90, 65, 1, 130], heads=(4, 1), head_dim=48)
+    spans = [(0, 150), (89, 90), (64, 65), (0, 1), (70, 130)]
+    cache = case.empty_cache()
+    for i, (begin, _) in enumerate(spans):
+        if begin:
+            case.run(native, cache, [(0, begin)], [i])
+    alone_cache = (cache[0].clone(), cache[1].clone())
+    batch = case.run(native, cache, spans)
+    alone = [case.run(native, alone_cache, [span], [i]) for i, span in enumerate(spans)]
+    assert torch.equal(batch, torch.cat(alone))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_a_bit(threads: int) -> None:
+    case = make([300, 1], heads=(4, 4))
+    before = _native.num_threads()
+    expected = case.run(native, case.empty_cache(), case.whole())
+    try:
+        _native.set_num_threads(threads)
+        assert torch.equal(case.run(native, case.empty_cache(), case.whole()), expected)
+    finally:
+        _native.set_num_threads(before)
+
+
+def test_levels_agree_with_generic(isa: str) -> None:
+    case = make([100, 40], heads=(4, 2), head_dim=128)
+    got = case.run(native, case.empty_cache(), case.whole())
+    _native.set_cpu_isa("generic")
+    generic = case.run(native, case.empty_cache(), case.whole())
+    assert (got - generic).abs().max() <= 1e-5
+
+
+def test_large_scores_do_not_overflow(isa: str) -> None:
+    """Norm weights of 60 give scores near +-40,000: the maximum must be taken away before the exponential."""
+    case = make([130])
+    case = replace(case, q_norm=case.q_norm * 60, k_norm=case.k_norm * 60)
+    assert_as_good_as_the_twin(case)
+
+
+def test_nan_in_a_query_stays_in_its_row(isa: str) -> None:
+    """A broken activation must be seen by the runtime, and only in its own sequence."""
+    case = make([5, 5])
+    case.qkv[0][2, 0] = float("nan")
+    got = case.run(native, case.empty_cache(), case.whole())
+    assert got[2, :64].isnan().all()
+    assert not got[:2].isnan().any() and not got[5:].isnan().any()
+
+
+def test_the_comparison_can_fail() -> None:
+    """A wrong norm weight by one part in a thousand must show."""
+    case = make([65])
+    truth = case.run(reference, case.empty_cache(), case.whole(), compute_dtype=torch.float64)
+    twin = case.run(reference, case.empty_cache(), case.whole())
+    wrong = replace(case, q_norm=case.q_norm * 1.001).run(native, case.empty_cache(), case.whole())
+    assert (wrong - truth).abs().max() > 2 * (twin - truth).abs().max()
+
+
+def arguments(case: Case) -> dict[str, torch.Tensor]:
+    length = len(case.qkv[0])
+    at = torch.arange(length)
+    pages = torch.tensor(case.pages[0])
+    k, v = case.empty_cache()
+    return {
+        "qkv": case.qkv[0],
+        "q_norm": case.q_norm,
+        "k_norm": case.k_norm,
+        "eps": EPS,
+        "cos_sin": case.cos_sin,
+        "positions": at,
+        "slot_mapping": pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE,
+        "page_tables": pages[None].int(),
+        "cu_seqlens": torch.tensor([0, length], dtype=torch.int32),
+        "seq_lens": torch.tensor([length], dtype=torch.int32),
+        "k_cache": k,
+        "v_cache": v,
+        "scale": 0.125,
+    }
+
+
+def test_two_pages_are_accepted() -> None:
+    """The good form of what the next test breaks."""
+    assert native.paged_attention(**arguments(make([70]))).shape == (70, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("page_tables", (0, 1), 99, r"page_tables\[0\]\[1\]"),
+        ("page_tables", (0, 0), -1, r"page_tables\[0\]\[0\]"),
+        ("slot_mapping", (3,), 10**6, r"slot_mapping\[3\]"),
+        ("slot_mapping", (3,), -1, r"slot_mapping\[3\]"),
+        ("positions", (69,), 70, r"positions\[69\]"),
+        ("positions", (0,), -1, r"positions\[0\]"),
+        ("seq_lens", (0,), 10**6, r"seq_lens\[0\]"),
+        ("seq_lens", (0,), 3, r"seq_lens\[0\]"),
+        ("cu_seqlens", (1,), 71, r"cu_seqlens\[1\]"),
+        ("cu_seqlens", (1,), 69, r"seq_lens|positions|cu_seqlens"),
+        ("cu_seqlens", (0,), -5, r"cu_seqlens\[0\]"),
+    ],
+)
+def test_every_index_is_checked_before_anything_is_written(name: str, index, value: int, message: str) -> None:
+    broken = arguments(make([70]))
+    broken[name][index] = value
+    with pytest.raises(ValueError, match=message):
+        native.paged_attention(**broken)
+    assert broken["k_cache"].isnan().all() and broken["v_cache"].isnan().all()
+
+
+def test_a_position_beyond_the_rotary_table() -> None:
+    broken = arguments(make([70]))
+    broken["cos_sin"] = broken["cos_sin"][:69]
+    with pytest.raises(ValueError, match=r"positions\[69\]: expected below 69, got 69"):
+        native.paged_attention(**broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("qkv", torch.zeros(70, 512, dtype=torch.float64)),
+        ("qkv", torch.zeros(512, 70).T),
+        ("k_norm", torch.zeros(63)),
+        ("positions", torch.zeros(70, dtype=torch.int32)),
+        ("v_cache", torch.zeros(5, 2, 64, 64)),
+    ],
+)
+def test_tensors_of_a_wrong_kind_are_named(name: str, value: torch.Tensor) -> None:
+    broken = arguments(make([70]))
+    broken[name] = value
+    with pytest.raises(ValueError, match=name):
+        native.paged_attention(**broken)
