@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from .config import ServerConfig
 from .endpoints import Generate
 from .errors import HANDLERS, CannotListen, as_helexa_error
 from .logs import configure_logging
+from .metrics import ModelMetrics
 from .served_model import Engine, ServedModel, ServedModels, model_name
 from .wire import openai_chat, openai_completions
 
@@ -43,6 +45,7 @@ ROUTES = [
     Route("/health", endpoints.health),
     Route("/ready", endpoints.ready),
     Route("/version", endpoints.version),
+    Route("/metrics", endpoints.get_metrics),
 ]
 
 
@@ -54,6 +57,7 @@ def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette
     app.router.redirect_slashes = False
     app.state.config = config
     app.state.models = ServedModels(models)
+    app.state.metrics = {model.id: ModelMetrics() for model in models}
     return app
 
 
@@ -103,12 +107,14 @@ async def _serve(models: list[str], config: ServerConfig, engine_config: EngineC
 async def _load_all(models: list[str], served: Sequence[ServedModel], config: EngineConfig) -> None:
     """Loads one model after the other, so that each sees the memory the ones before it left."""
     for model, slot in zip(models, served, strict=True):
+        started = time.monotonic()
         try:
             slot.loaded(await load_engine(model, config, slot.report))
         except Exception as error:
             slot.failed(as_helexa_error(error))
             raise
-        log.info("%s is ready", slot.id)
+        slot.load_seconds = time.monotonic() - started
+        log.info("%s is ready after %.1f s", slot.id, slot.load_seconds)
 
 
 async def load_engine(model: str, config: EngineConfig, progress: Callable[[str, float], None]) -> Engine:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,18 +16,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from helexa_engine.errors import HelexaError, InvalidRequest
-from helexa_engine.events import Collector, Event, Failed, Finished, PromptProcessed
+from helexa_engine.events import Collector, Event, Failed
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.version import __version__
 
-from . import sse
+from . import metrics, sse
 from .config import ServerConfig
 from .errors import RECORD, BodyTooLarge, ServiceUnavailable, UnsupportedMediaType, as_helexa_error, status_of
+from .request_record import RequestRecord
 from .served_model import RETRY_AFTER_SECONDS, ServedModel, ServedModels
 from .wire.frame import Call, Frame, Projection, Wire, decode
 
 log = logging.getLogger(__name__)
-requests_log = logging.getLogger("helexa_server.requests")
 
 Result = TypeVar("Result")
 
@@ -126,56 +125,6 @@ class Generation:
         return None
 
 
-@dataclass
-class RequestRecord:
-    """What the log says about one request when it has ended, however it ended."""
-
-    path: str
-    model: str
-    request_id: str
-    started: float = field(default_factory=time.monotonic)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasons: list[str] = field(default_factory=list)
-    first_token_seconds: float | None = None
-    client_gone: bool = False
-    error: HelexaError | None = None
-
-    def push(self, event: Event) -> None:
-        if isinstance(event, PromptProcessed):
-            self.prompt_tokens += len(event.prompt_token_ids)
-            self.cached_tokens += event.cached_tokens
-        elif not isinstance(event, Failed):
-            self.completion_tokens += len(event.token_ids)
-            if event.token_ids and self.first_token_seconds is None:
-                self.first_token_seconds = time.monotonic() - self.started
-            if isinstance(event, Finished):
-                self.reasons.append(event.finish_reason)
-
-    def write(self) -> None:
-        first = "-" if self.first_token_seconds is None else f"{self.first_token_seconds:.3f}"
-        requests_log.info(
-            "%s id=%s model=%s prompt=%d cached=%d completion=%d reason=%s ttft=%s seconds=%.3f client=%s%s",
-            self.path,
-            self.request_id,
-            self.model,
-            self.prompt_tokens,
-            self.cached_tokens,
-            self.completion_tokens,
-            self._reason(),
-            first,
-            time.monotonic() - self.started,
-            "gone" if self.client_gone else "here",
-            f" error={self.error.message!r:.200}" if self.error else "",
-        )
-
-    def _reason(self) -> str:
-        if self.error is not None:
-            return self.error.code
-        return ",".join(self.reasons) or "abort"
-
-
 class Generate:
     """ASGI endpoint of one wire format: body > requests > events > frames, or one response."""
 
@@ -191,7 +140,9 @@ class Generate:
         except ClientDisconnect:
             return
         model = models.find(call.model)
-        record = scope[RECORD] = RequestRecord(request.url.path, model.id, call.requests[0].request_id)
+        record = scope[RECORD] = RequestRecord(
+            request.url.path, model.id, call.requests[0].request_id, request.app.state.metrics[model.id]
+        )
         try:
             async with Generation(model, call.requests, config.load_wait_seconds) as generation:
                 if call.stream:
@@ -207,7 +158,7 @@ class Generate:
             record.error = error
             raise
         finally:
-            record.write()
+            record.close()
 
     async def _whole(self, call: Call, model: ServedModel, generation: Generation, record: RequestRecord) -> Response:
         """The non-streamed answer: the same events, collected."""
@@ -217,7 +168,7 @@ class Generate:
         ]
         while (item := await generation.next()) is not None:
             prompt_index, event = item
-            record.push(event)
+            record.push(event, prompt_index)
             collectors[prompt_index].push(event)
         results = [collector.result() for collector in collectors]
         return json_response(self.wire.build_response(call, results, model.id, int(time.time())))
@@ -237,7 +188,7 @@ class Stream:
         try:
             while (item := await self._next(generation)) is not None:
                 prompt_index, event = item
-                record.push(event)
+                record.push(event, prompt_index)
                 await self._write(self._projector.push(event, prompt_index))
             await self._write(self._projector.finish(), last=True)
         except HelexaError as error:
@@ -291,6 +242,12 @@ async def ready(request: Request) -> Response:
 
 async def version(request: Request) -> Response:
     return json_response({"name": "helexa", "version": __version__})
+
+
+async def get_metrics(request: Request) -> Response:
+    state = request.app.state
+    text = metrics.render((model, state.metrics[model.id]) for model in state.models)
+    return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
 
 
 async def list_models(request: Request) -> Response:

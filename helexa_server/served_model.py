@@ -35,6 +35,8 @@ class Engine(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]: ...
 
+    def stats(self) -> Any: ...
+
     async def aclose(self) -> None: ...
 
 
@@ -48,6 +50,7 @@ class ServedModel:
         self._engine: Engine | None = None
         self._error: HelexaError | None = None
         self._progress = ("waiting", 0.0)
+        self.load_seconds: float | None = None
 
     @property
     def engine(self) -> Engine | None:

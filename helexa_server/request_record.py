@@ -1,0 +1,76 @@
+"""What the log and the metrics say about one request when it has ended, however it ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from helexa_engine.errors import HelexaError
+from helexa_engine.events import Event, Failed, Finished, PromptProcessed
+
+from .metrics import ModelMetrics
+
+log = logging.getLogger("helexa_server.requests")
+
+
+@dataclass
+class RequestRecord:
+    """Watches the events of one request; :meth:`close` writes its one log line and counts it."""
+
+    path: str
+    model: str
+    request_id: str
+    metrics: ModelMetrics
+    started: float = field(default_factory=time.monotonic)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasons: list[str] = field(default_factory=list)
+    first_token_seconds: float | None = None
+    client_gone: bool = False
+    error: HelexaError | None = None
+    _last_token: dict[tuple[int, int], float] = field(default_factory=dict)  # by prompt and answer
+
+    def push(self, event: Event, prompt_index: int = 0) -> None:
+        if isinstance(event, PromptProcessed):
+            self.prompt_tokens += len(event.prompt_token_ids)
+            self.cached_tokens += event.cached_tokens
+        elif not isinstance(event, Failed):
+            if event.token_ids:
+                self._tokens(len(event.token_ids), (prompt_index, event.index))
+            if isinstance(event, Finished):
+                self.reasons.append(event.finish_reason)
+
+    def _tokens(self, count: int, answer: tuple[int, int]) -> None:
+        now = time.monotonic()
+        self.completion_tokens += count
+        if self.first_token_seconds is None:
+            self.first_token_seconds = now - self.started
+            self.metrics.time_to_first_token.observe(self.first_token_seconds)
+        if answer in self._last_token:
+            for _ in range(count):  # tokens that came together shared the interval
+                self.metrics.inter_token_latency.observe((now - self._last_token[answer]) / count)
+        self._last_token[answer] = now
+
+    def close(self) -> None:
+        seconds = time.monotonic() - self.started
+        if self.error is not None:
+            self.metrics.failed[self.error.code] += 1
+        else:
+            self.metrics.request_latency.observe(seconds)
+            self.metrics.finished.update(self.reasons or ["abort"])
+        log.info(
+            "%s id=%s model=%s prompt=%d cached=%d completion=%d reason=%s ttft=%s seconds=%.3f client=%s%s",
+            self.path,
+            self.request_id,
+            self.model,
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.completion_tokens,
+            self.error.code if self.error else ",".join(self.reasons) or "abort",
+            "-" if self.first_token_seconds is None else f"{self.first_token_seconds:.3f}",
+            seconds,
+            "gone" if self.client_gone else "here",
+            f" error={self.error.message!r:.200}" if self.error else "",
+        )
