@@ -1,0 +1,274 @@
+"""Structured output: what may come next under a JSON Schema, regular expression, grammar or tool list.
+
+The grammars run in ``llguidance``. :class:`GrammarCompiler` holds what is shared by a model, :class:`GrammarState` is the
+constraint of one answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import HelexaError, InvalidRequest
+from ..sampling_params import StructuredOutput
+from .output_parser import CLOSE_CALL, CLOSE_FUNCTION, CLOSE_PARAMETER, CLOSE_THINK, OPEN_CALL, OPEN_THINK
+from .tokenizer import Tokenizer
+
+#: Whether the prompt leaves a think block open, or the model may open one itself.
+Thinking = Literal["no", "open", "may_open"]
+
+_CACHED_GRAMMARS = 64
+
+
+class GrammarFailed(HelexaError):
+    """The grammar ran out of its bounds on work or states while an answer was generated."""
+
+    code = "grammar_failed"
+
+
+class GrammarState:
+    """The constraint on one answer: masks tokens, then is told which one was sampled.
+
+    It begins after the reasoning: while a think block is open everything is allowed; the model may open one as its first
+    token if ``thinking`` is ``may_open``; and one blank line may stand between ``</think>`` and the constrained text, as
+    Qwen's models write it.
+    """
+
+    def __init__(self, matcher: Any, compiler: GrammarCompiler, thinking: Thinking) -> None:
+        self._matcher = matcher
+        self._compiler = compiler
+        self._phase: Literal["first", "thinking", "gap", "grammar", "ended"] = "grammar"
+        if compiler.close_think is not None:
+            if thinking == "open":
+                self._phase = "thinking"
+            elif thinking == "may_open" and compiler.open_think is not None:
+                self._phase = "first"
+
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
+        """Writes the allowed tokens into ``mask``, int32 [(tokenizer.vocab_size + 31) // 32], bit i % 32 of word i // 32."""
+        if self._phase == "thinking":
+            mask[:] = -1
+            return
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
+        extra = {"first": self._compiler.open_think, "gap": self._compiler.blank_line}.get(self._phase)
+        if extra is not None:
+            mask.view(np.uint32)[extra // 32] |= np.uint32(1 << extra % 32)
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        """Sets the logits [vocab_size] of tokens that may not come next to -inf, in place. Padding entries may not."""
+        if self._phase == "thinking":
+            return
+        mask = self._compiler.new_mask()
+        self.fill_mask(mask)
+        allowed = np.unpackbits(mask.view(np.uint8), count=self._compiler.vocab_size, bitorder="little").view(bool)
+        logits[: len(allowed)][~allowed[: len(logits)]] = -np.inf
+        logits[len(allowed) :] = -np.inf
+
+    def accept(self, token_id: int) -> None:
+        """Advances by the sampled token."""
+        if self._phase == "thinking":
+            if token_id == self._compiler.close_think:
+                self._phase = "gap"
+        elif self._phase == "first" and token_id == self._compiler.open_think:
+            self._phase = "thinking"
+        elif self._phase == "gap" and token_id == self._compiler.blank_line:
+            self._phase = "grammar"
+        elif self._phase != "ended":
+            self._phase = "ended" if token_id in self._compiler.eos_token_ids else "grammar"
+            if not self._matcher.consume_token(token_id):
+                self._check()
+
+    def is_finished(self) -> bool:
+        """Whether the constrained text is complete and can only be ended."""
+        return self._phase == "ended" or (self._phase != "thinking" and bool(self._matcher.is_stopped()))
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarFailed(f"the structured output cannot go on: {_first_line(self._matcher.get_error())}")
+
+
+class GrammarCompiler:
+    """Compiles constraints for one tokenizer. The token trie is built at the first use (a second for 150 k tokens)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self.vocab_size = tokenizer.vocab_size
+        self.eos_token_ids = frozenset(tokenizer.eos_token_ids)
+        self.open_think = tokenizer.token_id(OPEN_THINK)
+        self.close_think = tokenizer.token_id(CLOSE_THINK)
+        self._matcher = lru_cache(maxsize=_CACHED_GRAMMARS)(self._build)
+
+    @cached_property
+    def blank_line(self) -> int | None:
+        """The token that stands for two newlines, if there is one."""
+        ids = self._tokenizer.encode("\n\n")
+        return ids[0] if len(ids) == 1 else None
+
+    def new_mask(self) -> npt.NDArray[np.int32]:
+        return np.zeros((self.vocab_size + 31) // 32, np.int32)
+
+    def compile(self, spec: StructuredOutput, thinking: Thinking = "no", path: str = "structured") -> GrammarState:
+        """The constraint of ``spec``, at its beginning. Raises :class:`InvalidRequest` naming what is not supported."""
+        if spec.json_object:
+            return self._state("json_schema", '{"type": "object"}', f"{path}.json_object", thinking)
+        if spec.json_schema is not None:
+            path = f"{path}.json_schema"
+            schema = spec.json_schema
+            if isinstance(schema, str):
+                try:
+                    schema = json.loads(schema)
+                except (ValueError, RecursionError) as error:
+                    raise InvalidRequest(path, f"expected a JSON Schema, got invalid JSON: {error}") from None
+            if not isinstance(schema, Mapping):
+                raise InvalidRequest(path, f"expected a JSON Schema object, got {schema!r:.80}")
+            try:
+                text = json.dumps(schema)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InvalidRequest(path, f"expected a JSON Schema of JSON values: {error}") from None
+            return self._state("json_schema", text, path, thinking)
+        if spec.regex is not None:
+            return self._state("regex", spec.regex, f"{path}.regex", thinking)
+        assert spec.grammar is not None
+        return self._state("lark", spec.grammar, f"{path}.grammar", thinking)
+
+    def compile_tool_calls(
+        self, tools: Sequence[Mapping[str, Any]], *, syntax: str = "json", thinking: Thinking = "no"
+    ) -> GrammarState:
+        """One or more calls of ``tools`` and nothing else, in the template's ``syntax`` (``json`` or ``xml``).
+
+        Schema keywords that cannot be enforced are left to the model: the caller forced a call, not a validation.
+        """
+        write = _xml_calls if syntax == "xml" else _json_calls
+        known = {tag for tag in (OPEN_CALL, CLOSE_CALL) if self._tokenizer.token_id(tag) is not None}
+        return self._state("lark", write(tools, known), "tools", thinking)
+
+    def _state(self, kind: str, text: str, path: str, thinking: Thinking) -> GrammarState:
+        with self._lock:
+            error, matcher = self._matcher(kind, text)
+        if error:
+            raise InvalidRequest(path, f"not supported as a constraint: {error}")
+        return GrammarState(matcher.deep_copy(), self, thinking)
+
+    def _build(self, kind: str, text: str) -> tuple[str, Any]:
+        from llguidance import LLMatcher
+
+        grammars: dict[str, Any] = {
+            "json_schema": LLMatcher.grammar_from_json_schema,
+            "regex": LLMatcher.grammar_from_regex,
+            "lark": LLMatcher.grammar_from_lark,
+        }
+        try:
+            matcher = LLMatcher(self._ll_tokenizer, grammars[kind](text), log_level=0)
+        except ValueError as error:
+            return _first_line(str(error)), None
+        return (_first_line(matcher.get_error()) if matcher.is_error() else ""), matcher
+
+    @cached_property
+    def _ll_tokenizer(self) -> Any:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        tokenizer = self._tokenizer
+
+        class Adapter:
+            """The attributes that llguidance reads."""
+
+            eos_token_id = tokenizer.eos_token_ids[0] if tokenizer.eos_token_ids else tokenizer.vocab_size - 1
+            bos_token_id = None
+            tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+            # Added tokens are no spelling of their text: a string of the answer must not contain them as tokens.
+            special_token_ids = list(tokenizer.added_tokens)
+
+            def __call__(self, text: str | bytes) -> list[int]:
+                return tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+
+        ends = list(tokenizer.eos_token_ids) or None
+        return LLTokenizer(TokenizerWrapper(Adapter()), eos_token=ends)
+
+
+def _json_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
+    branches: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        parameters, own = _hoisted(function.get("parameters") or {"type": "object"}, f"tool{i}_")
+        definitions |= own
+        branches.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": parameters},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    schema = {"anyOf": branches, "$defs": definitions, "x-guidance": {"lenient": True}}
+    begin, end = _tag(OPEN_CALL, special), _tag(CLOSE_CALL, special)
+    return f'start: call ("\\n" call)*\ncall: {begin} "\\n" object "\\n" {end}\nobject: %json {json.dumps(schema)}\n'
+
+
+def _xml_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
+    rules = []
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        parameters = function.get("parameters") or {}
+        required = set(parameters.get("required") or ())
+        parts = [json.dumps(f"<function={function['name']}>\n")]
+        for k, (key, schema) in enumerate((parameters.get("properties") or {}).items()):
+            rule = f"value_{i}_{k}"
+            head, tail = json.dumps(f"<parameter={key}>\n"), json.dumps(f"\n{CLOSE_PARAMETER}\n")
+            if isinstance(schema, Mapping) and schema.get("type") not in (None, "string"):
+                value, _ = _hoisted(schema, "")
+                value["$defs"] = parameters.get("$defs", {})
+                value["x-guidance"] = {"lenient": True}
+                rules.append(f"{rule}: %json {json.dumps(value)} {tail}")
+            else:
+                rules.append(f"{rule}[suffix={tail}]: /(?s:.*)/")
+            parts.append(f"({head} {rule})" + ("" if key in required else "?"))
+        parts.append(json.dumps(CLOSE_FUNCTION))
+        rules.append(f"function_{i}: " + " ".join(parts))
+    begin, end = _tag(OPEN_CALL, special), _tag(CLOSE_CALL, special)
+    choice = " | ".join(f"function_{i}" for i in range(len(tools)))
+    head = f'start: call ("\\n" call)*\ncall: {begin} "\\n" ({choice}) "\\n" {end}\n'
+    return head + "\n".join(rules) + "\n"
+
+
+def _tag(tag: str, special: set[str]) -> str:
+    """In llguidance's Lark a bare ``<name>`` is the special token, a quoted one its characters."""
+    return tag if tag in special else json.dumps(tag)
+
+
+def _hoisted(schema: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``schema`` with its definitions taken out and renamed with ``prefix``, for use inside another schema."""
+    definitions: dict[str, Any] = {}
+
+    def visit(value: Any, root: bool = False) -> Any:
+        if isinstance(value, list):
+            return [visit(item) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        result = {}
+        for key, item in value.items():
+            if root and key in ("$defs", "definitions") and isinstance(item, Mapping):
+                definitions.update({f"{prefix}{name}": visit(each) for name, each in item.items()})
+            elif key == "$ref" and isinstance(item, str):
+                result[key] = re.sub(r"^#/(\$defs|definitions)/", lambda _: f"#/$defs/{prefix}", item)
+            elif key != "$schema":
+                result[key] = visit(item)
+        return result
+
+    return visit(schema, root=True), definitions
+
+
+def _first_line(error: str) -> str:
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    # A regex error says what is wrong in its last "error:" line, everything else in its first.
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
+    return (f"{lines[0]} {said[-1]}" if said else lines[0] if lines else "unknown error")[:500]

@@ -1,0 +1,180 @@
+"""Structured output: what the masks allow, and where the constraint begins."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from helexa_engine.errors import InvalidRequest
+from helexa_engine.sampling_params import StructuredOutput
+from helexa_engine.text.structured import GrammarCompiler
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
+CLOCK = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "parameters": {
+            "$defs": {"z": {"enum": ["utc"]}},
+            "type": "object",
+            "properties": {"zone": {"$ref": "#/$defs/z"}},
+            "required": ["zone"],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer):
+    return GrammarCompiler(tokenizer)
+
+
+def allowed(state, size):
+    logits = np.zeros(size, np.float32)
+    state.apply(logits)
+    return logits == 0
+
+
+def accepts(state, tokenizer, text, *, special=False, end=True):
+    """Whether each token of ``text``, and then the end of the turn, is allowed in turn."""
+    ids = tokenizer.encode(text, allow_special=special)
+    if end:
+        ids.append(tokenizer.eos_token_ids[0])
+    for token_id in ids:
+        if not allowed(state, tokenizer.vocab_size)[token_id]:
+            return False
+        state.accept(token_id)
+    return state.is_finished() == end
+
+
+@pytest.mark.parametrize(
+    ("spec", "good", "bad"),
+    [
+        ({"json_object": True}, ["{}", '{"a": [1, {"b": null}]}', '{"é🦙": "\\n"}'], ["[1]", "{", '{"a": }', "x"]),
+        (
+            {"json_schema": SCHEMA},
+            ['{"city": "Paris", "days": 3}'],
+            ['{"city": "Paris"}', '{"city": 1, "days": 3}', '{"city": "P", "days": 12}'],
+        ),
+        ({"json_schema": json.dumps(SCHEMA)}, ['{"city": "世界", "days": 3}'], ["{}"]),
+        ({"regex": "[a-c]{2,3}(é|🦙)"}, ["abé", "cba🦙"], ["aé", "abcc", "xé"]),
+        ({"grammar": 'start: "yes" | "no" " " /[0-9]+/'}, ["yes", "no 42"], ["no", "maybe"]),
+    ],
+)
+def test_masks(compiler, tokenizer, spec, good, bad):
+    for text in good:
+        assert accepts(compiler.compile(StructuredOutput(**spec)), tokenizer, text), text
+    for text in bad:
+        assert not accepts(compiler.compile(StructuredOutput(**spec)), tokenizer, text), text
+
+
+def test_random_choices_among_allowed_tokens_give_valid_output(compiler, tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["red", "blue"]},
+            "n": {"type": "integer", "maximum": 99, "minimum": 0},
+            "on": {"type": "boolean"},
+        },
+        "required": ["kind", "n", "on"],
+        "additionalProperties": False,
+    }
+    blanks = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i).isspace()]
+    for seed in range(20):
+        rng, state, ids = np.random.default_rng(seed), compiler.compile(StructuredOutput(json_schema=schema)), []
+        while not state.is_finished():
+            mask = allowed(state, tokenizer.vocab_size)
+            mask[blanks] &= not np.delete(mask, blanks).any()  # JSON may be indented for ever
+            ids.append(int(rng.choice(np.flatnonzero(mask))))
+            state.accept(ids[-1])
+            assert len(ids) < 200
+        value = json.loads(tokenizer.decode(ids, skip_special_tokens=True))
+        assert value["kind"] in ("red", "blue") and 0 <= value["n"] <= 99 and isinstance(value["on"], bool)
+
+
+def test_nothing_special_and_no_padding_is_allowed_inside_a_string(compiler, tokenizer):
+    state = compiler.compile(StructuredOutput(json_object=True))
+    for token_id in tokenizer.encode('{"a'):
+        state.accept(token_id)
+    logits = np.zeros(tokenizer.vocab_size + 9, np.float32)  # the model's vocabulary may be padded
+    state.apply(logits)
+    barred = [*tokenizer.added_tokens, *range(tokenizer.vocab_size - 5, len(logits))]
+    assert np.isneginf(logits[barred]).all() and (logits == 0).sum() > 100
+
+
+def test_mask_and_logits_agree(compiler, tokenizer):
+    state = compiler.compile(StructuredOutput(json_schema=SCHEMA))
+    mask = compiler.new_mask()
+    state.fill_mask(mask)
+    bits = [bool(mask[i // 32] >> (i % 32) & 1) for i in range(tokenizer.vocab_size)]
+    assert bits == list(allowed(state, tokenizer.vocab_size)) and any(bits) and not all(bits)
+
+
+def test_grammar_begins_after_thinking(compiler, tokenizer):
+    spec = StructuredOutput(json_schema=SCHEMA)
+    answer = '{"city": "Paris", "days": 3}'
+    for gap in ("", "\n\n"):
+        assert accepts(compiler.compile(spec, "open"), tokenizer, f"free words</think>{gap}{answer}", special=True)
+        assert accepts(compiler.compile(spec, "may_open"), tokenizer, f"<think>free</think>{gap}{answer}", special=True)
+    assert accepts(compiler.compile(spec, "may_open"), tokenizer, answer)
+    assert not accepts(compiler.compile(spec, "may_open"), tokenizer, "free words")
+    assert not accepts(compiler.compile(spec, "open"), tokenizer, "a</think>b", special=True)
+    assert not accepts(compiler.compile(spec, "no"), tokenizer, f"<think>x</think>{answer}", special=True)
+    assert not compiler.compile(spec, "open").is_finished()
+
+
+def test_states_of_one_grammar_are_independent(compiler, tokenizer):
+    first, second = (compiler.compile(StructuredOutput(json_schema=SCHEMA)) for _ in range(2))
+    assert accepts(first, tokenizer, '{"city": "P', end=False)
+    assert accepts(second, tokenizer, '{"city": "Paris", "days": 3}')
+
+
+@pytest.mark.parametrize("syntax", ["json", "xml"])
+def test_forced_tool_calls(compiler, tokenizer, syntax):
+    def make():
+        return compiler.compile_tool_calls([WEATHER, CLOCK], syntax=syntax)
+
+    calls = {
+        "json": [
+            '{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}',
+            '{"name": "clock", "arguments": {"zone": "utc"}}',
+        ],
+        "xml": [
+            "<function=get_weather>\n<parameter=city>\nPa\nris\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>",
+            "<function=clock>\n<parameter=zone>\nutc\n</parameter>\n</function>",
+        ],
+    }[syntax]
+    tagged = [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
+    for text in (*tagged, "\n".join(tagged)):
+        assert accepts(make(), tokenizer, text, special=True), text
+    wrong = [calls[0], tagged[0].replace("get_weather", "other"), tagged[0].replace("3", "x"), "hello"]
+    for text in wrong:
+        assert not accepts(make(), tokenizer, text, special=True), text
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"json_schema": {"type": "object", "not": {}}}, r'structured.json_schema: .*"not"'),
+        ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json_schema": {"type": "nope"}}, "nope"),
+        ({"json_schema": "{"}, "invalid JSON"),
+        ({"json_schema": "3"}, "JSON Schema object"),
+        ({"json_schema": {"type": "string", "pattern": "("}}, "structured.json_schema"),
+        ({"json_schema": {"$ref": "#/$defs/missing"}}, "structured.json_schema"),
+        ({"regex": "a(b"}, r"structured.regex: .*unclosed group"),
+        ({"grammar": "start: nope"}, r"structured.grammar"),
+        ({"grammar": "start: ("}, r"structured.grammar"),
+    ],
+)
+def test_unsupported_is_named(compiler, spec, words):
+    with pytest.raises(InvalidRequest, match=words):
+        compiler.compile(StructuredOutput(**spec))
