@@ -1,0 +1,88 @@
+"""The command ``helexa``: one module a command, imported only when that command runs.
+
+Exit codes: 0 done, 1 a :class:`HelexaError`, 2 wrong usage or configuration, 130 stopped by Ctrl-C. An error is one line on
+stderr; tracebacks are for our own faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from ..errors import HelexaError
+from ..version import __version__
+from .options import UsageError
+
+#: Every command and its one-line help; the module of the same name beside this file implements it.
+COMMANDS = {
+    "run": "chat with a model in the terminal",
+    "serve": "answer OpenAI clients over HTTP",
+    "info": "say what a model file holds, without loading it",
+    "doctor": "check this machine and this installation",
+    "bench": "measure prefill and decode speed against the memory's limit",
+    "completion": "print a completion script for bash, zsh or fish",
+}
+
+
+class Command(Protocol):
+    """What a command's module offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, arguments: argparse.Namespace) -> int: ...
+
+
+def command_module(name: str) -> Command:
+    return cast(Command, importlib.import_module(f".{name}", __name__))
+
+
+def build_parser(*configured: str) -> argparse.ArgumentParser:
+    """The parser of ``helexa``. Only the commands named in ``configured`` are imported and get their own arguments."""
+    parser = argparse.ArgumentParser(
+        prog="helexa",
+        description="Run open language models on hardware you own.",
+        epilog="MODEL is a .gguf file, a HuggingFace folder, or demo (the small model that ships with helexa).",
+    )
+    parser.add_argument("--version", action="version", version=f"helexa {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name in configured:
+            command_module(name).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. ``argv`` without the program's name, default ``sys.argv[1:]``."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(*([command] if command in COMMANDS else []))
+    try:
+        arguments = parser.parse_args(argv)
+        return command_module(arguments.command).run(arguments)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except HelexaError as error:
+        return _fail(error.message, 1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("helexa"):
+            raise
+        return _fail(f"the Python package {error.name!r} is not installed; `helexa doctor` lists what is missing", 1)
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away. Nothing may be flushed into the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on stderr, whatever line breaks and control characters the message carries from a file or a template."""
+    printable = "".join(c if c.isprintable() else " " for c in message)
+    sys.stderr.write(f"helexa: error: {' '.join(printable.split())}\n")
+    return code

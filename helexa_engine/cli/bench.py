@@ -1,0 +1,236 @@
+"""``helexa bench``: prefill and decode speed of one model, each beside the memory bandwidth measured in the same run.
+
+Decode reads every weight once a token, so ``bandwidth / bytes per token`` is its limit; the share of it that is reached and the
+overhead per layer ``(seconds per token - bytes / bandwidth) / layers`` say what a bare tokens/s cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import EngineConfig, add_flags
+from ..errors import BackendUnavailable, InvalidRequest
+from ..sampling_params import SamplingParams
+from . import machine
+from .options import UsageError, add_config_flag, model_path, resolve_config
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+    from ..weights.checkpoint import RawTensor
+
+#: Room beside prompt and answer, so that no run ends at the context's border.
+_SPARE_TOKENS = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=".gguf file, HuggingFace folder, or demo")
+    parser.add_argument(
+        "--preset", metavar="NAME", help="a published shape with random weights instead: qwen3-0.6b ... qwen3-32b"
+    )
+    parser.add_argument(
+        "--preset-folder",
+        metavar="DIR",
+        type=Path,
+        help="where preset files are written and kept; default: the temporary folder",
+    )
+    parser.add_argument("--prompt-tokens", metavar="N", type=_positive, default=512, help="length of the prompts [512]")
+    parser.add_argument(
+        "--decode-tokens", metavar="N", type=_positive, default=64, help="tokens generated in a run [64]"
+    )
+    parser.add_argument(
+        "--repetitions", metavar="N", type=_positive, default=5, help="runs, of which the median counts [5]"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="append the result as one line of JSON")
+    add_config_flag(parser)
+    add_flags(parser, EngineConfig)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = resolve_config(arguments, "engine", EngineConfig)
+    if (arguments.model is None) == (arguments.preset is None):
+        raise UsageError("expected either MODEL or --preset NAME")
+    model, name = arguments.model, arguments.model
+    if arguments.preset is not None:
+        quant = config.quant or "Q4_K_M"
+        model = str(preset_file(arguments.preset, quant, arguments.preset_folder))
+        name = f"{arguments.preset} {quant}"
+        config = dataclasses.replace(config, quant=None)
+    row = measure(
+        model,
+        config,
+        name=name,
+        prompt_tokens=arguments.prompt_tokens,
+        decode_tokens=arguments.decode_tokens,
+        repetitions=arguments.repetitions,
+    )
+    print(report(row))
+    if arguments.json is not None:
+        append_row(arguments.json, row)
+    return 0
+
+
+def preset_file(preset: str, quant: str, folder: Path | None = None) -> Path:
+    """The preset as a GGUF file in ``folder`` (default: under the temporary folder), written now unless it is there."""
+    from ..presets import write_preset_gguf
+    from .loading import progress
+
+    folder = folder or Path(tempfile.gettempdir()) / "helexa-presets"
+    path = folder / f"{preset}-{quant.upper()}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with progress(f"writing {path}") as tell:
+            write_preset_gguf(path, preset, quant, progress=lambda fraction: tell("random weights", fraction))
+    return path
+
+
+def measure(
+    model: str, config: EngineConfig, *, name: str, prompt_tokens: int, decode_tokens: int, repetitions: int
+) -> dict[str, Any]:
+    """Loads ``model`` and runs it. Returns the row that ``--json`` writes; benchmarks/README.md explains its fields.
+
+    Raises:
+        BackendUnavailable: the native core is missing, without which a figure would mean nothing.
+        HelexaError: the model cannot be loaded.
+    """
+    try:
+        from .. import _native
+    except ImportError as error:
+        raise BackendUnavailable(f"bench needs the native core ({error}); `helexa doctor` says how to get it") from None
+    from ..weights.checkpoint import open_checkpoint
+    from .loading import load
+
+    wanted_len = max(prompt_tokens, decode_tokens + 1) + _SPARE_TOKENS
+    if config.max_model_len is None:
+        # Only the pages that the runs need are reserved, so that resident memory shows the weights.
+        config = dataclasses.replace(config, max_model_len=wanted_len, max_num_seqs=1)
+    elif config.max_model_len < wanted_len:
+        raise InvalidRequest(
+            "max_model_len", f"expected at least {wanted_len} for this benchmark, got {config.max_model_len}"
+        )
+    with open_checkpoint(model_path(model)) as checkpoint:
+        num_layers = checkpoint.num_layers
+        bytes_per_token = decode_bytes(checkpoint.tensors)
+        file_bytes = checkpoint.nbytes
+
+    before = machine.resident_bytes()
+    started = time.perf_counter()
+    with load(model, config) as llm:
+        load_seconds = time.perf_counter() - started
+        resident = machine.resident_bytes()
+        prompts = Prompts(llm)
+        _prefill(llm, prompts.draw(prompt_tokens))  # warm-up: first touches of pages and workspaces
+        _decode(llm, prompts.draw(1), min(decode_tokens, 8))
+        bandwidth = [_native.read_bandwidth()]
+        prefill = [_prefill(llm, prompts.draw(prompt_tokens)) for _ in range(repetitions)]
+        decode = [_decode(llm, prompts.draw(1), decode_tokens) for _ in range(repetitions)]
+        bandwidth.append(_native.read_bandwidth())
+
+    read = statistics.mean(bandwidth)
+    prefill_rate = prompt_tokens / statistics.median(prefill)
+    token_seconds = statistics.median(decode) / decode_tokens
+    return {
+        "benchmark": "engine",
+        "engine": "helexa",
+        "model": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": machine.commit(),
+        "machine": machine.describe() | {"instruction_set": _native.cpu_isa()},
+        "threads": _native.num_threads(),
+        "repetitions": repetitions,
+        "read_bytes_per_second": round(read),
+        "file_bytes": file_bytes,
+        "load_seconds": round(load_seconds, 3),
+        "resident_bytes": resident.get("total"),
+        "resident_bytes_before_load": before.get("total"),
+        "prefill_tokens": prompt_tokens,
+        "prefill_tokens_per_second": round(prefill_rate, 2),
+        "prefill_samples": [round(prompt_tokens / seconds, 2) for seconds in prefill],
+        "decode_tokens": decode_tokens,
+        "decode_tokens_per_second": round(1 / token_seconds, 2),
+        "decode_samples": [round(decode_tokens / seconds, 2) for seconds in decode],
+        "decode_bytes_per_token": bytes_per_token,
+        "decode_share_of_bandwidth": round(bytes_per_token / token_seconds / read, 3),
+        "decode_overhead_per_layer_microseconds": round((token_seconds - bytes_per_token / read) / num_layers * 1e6, 1),
+    }
+
+
+class Prompts:
+    """Random prompts, no two alike, of ordinary tokens."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._vocab_size = llm.vocab_size
+        self._random = random.Random(0)
+
+    def draw(self, length: int) -> list[int]:
+        return [self._random.randrange(self._vocab_size) for _ in range(length)]
+
+
+def _prefill(llm: LLM, prompt: Sequence[int]) -> float:
+    """Seconds from handing the prompt in to having the first token."""
+    started = time.perf_counter()
+    llm.generate(list(prompt), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
+    return time.perf_counter() - started
+
+
+def _decode(llm: LLM, prompt: Sequence[int], tokens: int) -> float:
+    """Seconds of ``tokens`` decode steps: the first token belongs to the prompt and is not counted."""
+    result = llm.generate(list(prompt), SamplingParams(max_tokens=tokens + 1, temperature=0.0, ignore_eos=True))
+    assert len(result.token_ids) == tokens + 1
+    return result.timings.decode_seconds
+
+
+def decode_bytes(tensors: Iterable[RawTensor]) -> int:
+    """Bytes of weights that one decode step reads: all of them, but of an embedding table that is not also the head one row."""
+    tensors = list(tensors)
+    has_head = any(tensor.name == "lm_head.weight" for tensor in tensors)
+    return sum(
+        tensor.nbytes // tensor.shape[0] if has_head and tensor.name == "model.embed_tokens.weight" else tensor.nbytes
+        for tensor in tensors
+    )
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Adds one line of JSON to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def report(row: dict[str, Any]) -> str:
+    """The row for people."""
+    bandwidth = row["read_bytes_per_second"]
+    machine_text = f"{row['machine']['cpu']}, {row['machine']['instruction_set']}, {row['threads']} threads"
+    lines = [
+        ("model", f"{row['model']}, {row['file_bytes'] / 1e6:.0f} MB"),
+        ("machine", f"{machine_text}; memory reads at {bandwidth / 1e9:.1f} GB/s"),
+        ("load", f"{row['load_seconds']:.2f} s"),
+    ]
+    if row["resident_bytes"] is not None:
+        before = row["resident_bytes_before_load"]
+        lines.append(("resident", f"{row['resident_bytes'] / 1e6:.0f} MB, {before / 1e6:.0f} MB of it before loading"))
+    lines += [
+        (f"prefill {row['prefill_tokens']}", f"{row['prefill_tokens_per_second']:.1f} tokens/s"),
+        (
+            f"decode {row['decode_tokens']}",
+            f"{row['decode_tokens_per_second']:.1f} tokens/s, {row['decode_share_of_bandwidth']:.0%} of the bandwidth's limit of "
+            f"{bandwidth / row['decode_bytes_per_token']:.1f}; overhead {row['decode_overhead_per_layer_microseconds']:.0f} us a layer",
+        ),
+    ]
+    return "\n".join(f"{title:>12}  {text}" for title, text in lines)

@@ -1,0 +1,181 @@
+"""``helexa doctor``: what this machine and this installation can do, and what to do about what they cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .. import env
+from ..errors import HelexaError
+from ..version import __version__
+from . import machine
+
+#: The oldest version of each package that helexa runs with; pyproject.toml says the same and a test compares them.
+REQUIREMENTS = {
+    "torch": "2.9",
+    "numpy": "1.26",
+    "tokenizers": "0.20",
+    "safetensors": "0.4.3",
+    "jinja2": "3.1",
+    "msgspec": "0.19",
+    "llguidance": "1.0",
+    "starlette": "0.40",
+    "uvicorn": "0.30",
+    "rich": "13",
+}
+#: Instruction sets that the native core has kernels for, best first, with the flags each needs.
+ISA_FLAGS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ``missing`` means helexa cannot run, ``slow`` that it runs far below what the machine can do."""
+
+    status: Literal["ok", "slow", "missing"]
+    subject: str
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    del arguments
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        print(f"{finding.status:>7}  {finding.subject:<14} {finding.text}", flush=True)
+    missing = sum(finding.status == "missing" for finding in findings)
+    slow = sum(finding.status == "slow" for finding in findings)
+    if missing:
+        print(f"\n{missing} thing(s) missing: helexa cannot run models here until they are mended.")
+        return 1
+    print("\nhelexa can run models here" + (f", with {slow} thing(s) that slow it down." if slow else "."))
+    return 0
+
+
+def examine() -> Iterator[Finding]:
+    """Every check, in the order in which things depend on each other."""
+    yield Finding("ok", "helexa", f"{__version__}, {machine.commit() or 'installed package'}, {machine.PACKAGE_ROOT}")
+    new_enough = sys.version_info >= (3, 11)
+    yield Finding(
+        "ok" if new_enough else "missing",
+        "python",
+        f"{platform.python_version()} ({sys.executable})" + ("" if new_enough else "; helexa needs 3.11 or newer"),
+    )
+    yield from _packages()
+    yield from _torch()
+    yield from _processor()
+    yield from _native()
+    from ..runtime.memory import available_bytes
+
+    total = machine.memory_bytes()
+    of_all = "" if total is None else f" of {total / 2**30:.1f} GiB"
+    yield Finding("ok", "memory", f"{available_bytes() / 2**30:.1f} GiB{of_all} free for models")
+    yield from _demo()
+
+
+def _packages() -> Iterator[Finding]:
+    found = []
+    for name, oldest in REQUIREMENTS.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding("missing", name, f"not installed; run: pip install '{name}>={oldest}'")
+            continue
+        if _numbers(version) < _numbers(oldest):
+            yield Finding("missing", name, f"{version} is too old; run: pip install '{name}>={oldest}'")
+        else:
+            found.append(f"{name} {version}")
+    yield Finding("ok", "packages", ", ".join(found))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``"2.13.0+cpu"`` as (2, 13, 0): the release part, as far as it is numbers."""
+    numbers = []
+    for part in version.partition("+")[0].split("."):
+        digits = "".join(c for c in part if c.isdigit())
+        if not part[:1].isdigit():
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except Exception as error:  # a broken install raises anything from ImportError to OSError
+        yield Finding("missing", "torch", f"cannot be imported: {type(error).__name__}: {error}")
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    yield Finding("ok", "torch", f"{torch.__version__}, built for {build}, {torch.get_num_threads()} threads")
+
+
+def _processor() -> Iterator[Finding]:
+    flags = machine.cpu_flags()
+    text = f"{machine.cpu_model()}, {machine.usable_cpus()} CPUs for this process"
+    if not flags:
+        yield Finding("ok", "processor", text)
+        return
+    level = next((name for name, needed in ISA_FLAGS.items() if needed <= flags), None)
+    if level == "avx512":
+        yield Finding("ok", "processor", f"{text}, AVX-512 with VNNI")
+    elif level == "avx2":
+        lacking = ", ".join(sorted(ISA_FLAGS["avx512"] - flags))
+        yield Finding("ok", "processor", f"{text}, AVX2 (no {lacking}, so prompts are computed more slowly)")
+    else:
+        yield Finding(
+            "slow", "processor", f"{text}: neither AVX-512 nor AVX2 with FMA and F16C; the generic kernels are slow"
+        )
+
+
+def _native() -> Iterator[Finding]:
+    try:
+        from .. import _native
+    except ImportError as error:
+        yield Finding(
+            "slow",
+            "native core",
+            f"not usable ({error}): models run on plain PyTorch, about a hundred times slower. Install a C++17 compiler and "
+            "CMake 3.21 or newer and install helexa again; HELEXA_BUILD_NATIVE=1 makes a failed build an error",
+        )
+        return
+    try:
+        forced = env.cpu_isa()
+        threads = env.num_threads()
+        if forced is not None:
+            _native.set_cpu_isa(forced)
+        if threads is not None:
+            _native.set_num_threads(threads)
+        level = _native.cpu_isa()
+        why = "HELEXA_CPU_ISA" if forced else "the best this processor has"
+        yield Finding("ok", "native core", f"built; instruction set {level} ({why})")
+        bandwidth = _native.read_bandwidth()
+        yield Finding(
+            "ok",
+            "bandwidth",
+            f"memory reads at {bandwidth / 1e9:.1f} GB/s: a model of 1 GB decodes at no more than {bandwidth / 1e9:.0f} tokens/s",
+        )
+    except (HelexaError, ValueError, RuntimeError) as error:
+        yield Finding("missing", "native core", f"{error}")
+
+
+def _demo() -> Iterator[Finding]:
+    from .. import demo
+
+    path = demo.path()
+    if path.exists():
+        yield Finding("ok", "demo model", f"{path} ({path.stat().st_size / 1e6:.1f} MB); try: helexa run demo")
+    else:
+        yield Finding(
+            "missing", "demo model", f"no file {path}: this installation is not complete; install helexa again"
+        )

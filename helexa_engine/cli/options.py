@@ -1,0 +1,48 @@
+"""Arguments that several commands share, and the way from them to config objects."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .. import config, env
+from ..config import EngineConfig
+from ..errors import InvalidRequest
+
+
+class UsageError(Exception):
+    """A flag, an environment variable or a configuration file is wrong: exit code 2."""
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="TOML file with tables [engine] and [server]; environment HELEXA_CONFIG. "
+        "Precedence: flag, environment HELEXA_<NAME>, this file, default.",
+    )
+
+
+def resolve_config(arguments: argparse.Namespace, name: str, kind: type[config.Config]) -> config.Config:
+    """``kind`` filled from flags, environment, table ``name`` of the TOML file and defaults. Raises :class:`UsageError`."""
+    try:
+        path: Path | None = arguments.config or env.config_file()
+        table: dict[str, Any] = {}
+        if path is not None:
+            from helexa_server.config import ServerConfig
+
+            table = config.read_toml(path, {"engine": EngineConfig, "server": ServerConfig}).get(name, {})
+        return config.resolve(kind, vars(arguments), table)
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+
+
+def model_path(model: str) -> Path:
+    """Where MODEL lies; whether anything is there is for the reader to find out."""
+    if model == "demo":
+        from .. import demo
+
+        return demo.path()
+    return Path(model).expanduser()

@@ -1,0 +1,347 @@
+"""Models of known shape with random weights, written as GGUF: speed needs a shape, not a download.
+
+Every block is valid and of natural size: codes are uniform random bytes and the scales are set so that a matrix of ``K``
+columns has values of standard deviation ``1 / sqrt(K)``, which keeps activations finite and near 1. Random data,
+never zeros: zeros run faster on real hardware.
+
+Source of the shapes: the ``config.json`` of each published Qwen3 model.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidRequest
+from .quant import dequantize, types
+from .quant.types import QuantType
+
+_CHUNK_VALUES = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """The shape of a dense Qwen3 model; names as in HuggingFace's ``config.json``."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    tie_word_embeddings: bool
+    head_dim: int = 128
+    vocab_size: int = 151936
+    max_position_embeddings: int = 40960
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+
+
+#: name -> shape. ``qwen3-tiny`` is no published model: it is for tests and for trying the tools out.
+PRESETS = {
+    "qwen3-tiny": Preset(256, 2, 4, 2, 512, tie_word_embeddings=True, head_dim=64, vocab_size=512),
+    "qwen3-0.6b": Preset(1024, 28, 16, 8, 3072, tie_word_embeddings=True),
+    "qwen3-1.7b": Preset(2048, 28, 16, 8, 6144, tie_word_embeddings=True),
+    "qwen3-4b": Preset(2560, 36, 32, 8, 9728, tie_word_embeddings=True),
+    "qwen3-8b": Preset(4096, 36, 32, 8, 12288, tie_word_embeddings=False),
+    "qwen3-14b": Preset(5120, 40, 40, 8, 17408, tie_word_embeddings=False),
+    "qwen3-32b": Preset(5120, 64, 64, 8, 25600, tie_word_embeddings=False),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name. Raises :class:`InvalidRequest`."""
+    if name not in PRESETS:
+        raise InvalidRequest("preset", f"expected one of {', '.join(PRESETS)}; got {name!r}")
+    return PRESETS[name]
+
+
+# --- random blocks ----------------------------------------------------------------------------------------------------
+
+#: quantised type -> block layout, and the value of its minimum's field for a scale of 1 that makes the mean zero.
+_BLOCKS: dict[QuantType, tuple[np.dtype[Any], float]] = {
+    types.Q4_0: (dequantize.Q4_0_BLOCK, 0.0),
+    types.Q4_1: (dequantize.Q4_1_BLOCK, -7.5),
+    types.Q5_0: (dequantize.Q5_0_BLOCK, 0.0),
+    types.Q5_1: (dequantize.Q5_1_BLOCK, -15.5),
+    types.Q8_0: (dequantize.Q8_0_BLOCK, 0.0),
+    types.Q2_K: (dequantize.Q2_K_BLOCK, 1.5),
+    types.Q3_K: (dequantize.Q3_K_BLOCK, 0.0),
+    types.Q4_K: (dequantize.Q4_K_BLOCK, 7.5),
+    types.Q5_K: (dequantize.Q5_K_BLOCK, 15.5),
+    types.Q6_K: (dequantize.Q6_K_BLOCK, 0.0),
+    types.IQ4_NL: (dequantize.IQ4_NL_BLOCK, 0.0),
+    types.IQ4_XS: (dequantize.IQ4_XS_BLOCK, 0.0),
+}
+
+
+def random_values(quant_type: QuantType, count: int, std: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """The bytes of ``count`` random values of mean 0 and standard deviation ``std`` in this type.
+
+    ``count`` is a multiple of the block size. Raises :class:`InvalidRequest` for a type that presets do not write.
+    """
+    if quant_type in _BLOCKS:
+        raw = _random_blocks(quant_type, count // quant_type.block_size, std / _unit_std(quant_type), rng)
+        return raw.view(np.uint8)
+    values = rng.standard_normal(count, dtype=np.float32) * np.float32(std)
+    if quant_type is types.F32:
+        return values.view(np.uint8)
+    if quant_type is types.F16:
+        return values.astype("<f2").view(np.uint8)
+    if quant_type is types.BF16:
+        return (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+    raise InvalidRequest("quant", f"presets are not written in {quant_type.name}")
+
+
+def _random_blocks(
+    quant_type: QuantType, count: int, scale: float, rng: np.random.Generator
+) -> np.ndarray[Any, np.dtype[np.void]]:
+    layout, minimum = _BLOCKS[quant_type]
+    words = rng.integers(0, 2**64, size=-(-count * quant_type.block_bytes // 8), dtype=np.uint64)
+    blocks = words.view(np.uint8)[: count * quant_type.block_bytes].view(layout)
+    blocks["d"] = scale
+    for field in ("m", "dmin"):
+        if field in (layout.names or ()):
+            blocks[field] = minimum * scale
+    return blocks
+
+
+@cache
+def _unit_std(quant_type: QuantType) -> float:
+    """The standard deviation of random blocks whose scale is 1, measured with the decoder that defines the type."""
+    blocks = _random_blocks(quant_type, 2048, 1.0, np.random.default_rng(0))
+    return float(dequantize.dequantize(quant_type, blocks.view(np.uint8), [2048 * quant_type.block_size]).std())
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the file: shape in torch order, and how its values are drawn (norm weights stay near 1)."""
+
+    name: str
+    shape: tuple[int, ...]
+    quant_type: QuantType
+    is_norm: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.quant_type.row_bytes(self.shape[-1]) * math.prod(self.shape[:-1])
+
+
+def tensors(shape: Preset, quant: str) -> list[Tensor]:
+    """All tensors of the model in the types that ``quant`` gives them."""
+    hidden, feed_forward = shape.hidden_size, shape.intermediate_size
+    q_size, kv_size = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    layer = {
+        "attn_norm": (hidden,),
+        "attn_q": (q_size, hidden),
+        "attn_k": (kv_size, hidden),
+        "attn_v": (kv_size, hidden),
+        "attn_q_norm": (shape.head_dim,),
+        "attn_k_norm": (shape.head_dim,),
+        "attn_output": (hidden, q_size),
+        "ffn_norm": (hidden,),
+        "ffn_gate": (feed_forward, hidden),
+        "ffn_up": (feed_forward, hidden),
+        "ffn_down": (hidden, feed_forward),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (shape.vocab_size, hidden),
+        "output_norm.weight": (hidden,),
+    }
+    if not shape.tie_word_embeddings:
+        shapes["output.weight"] = (shape.vocab_size, hidden)
+    for i in range(shape.num_hidden_layers):
+        shapes |= {f"blk.{i}.{stem}.weight": dims for stem, dims in layer.items()}
+    chosen = _types(shape, shapes, quant)
+    return [Tensor(name, dims, chosen[name], is_norm=len(dims) == 1) for name, dims in shapes.items()]
+
+
+def _types(shape: Preset, shapes: dict[str, tuple[int, ...]], quant: str) -> dict[str, QuantType]:
+    """Tensor name -> type, as llama.cpp's quantiser mixes them (norms stay float32)."""
+    if quant not in _MIXES:
+        raise InvalidRequest("quant", f"presets are written in {', '.join(_MIXES)}; got {quant!r}")
+    base, raised, head = _MIXES[quant]
+    chosen = {}
+    for name, dims in shapes.items():
+        layer, stem = _layer_and_stem(name)
+        if len(dims) == 1:
+            kind = types.F32
+        elif stem == "output" or (stem == "token_embd" and shape.tie_word_embeddings):
+            kind = head
+        elif stem in ("attn_v", "ffn_down") and _more_bits(layer, shape.num_hidden_layers):
+            kind = raised
+        else:
+            kind = base
+        chosen[name] = kind
+    return chosen
+
+
+#: mix -> (base type, type of attn_v and ffn_down in every layer that gets more bits, type of the head).
+_MIXES = {
+    "F32": (types.F32, types.F32, types.F32),
+    "F16": (types.F16, types.F16, types.F16),
+    "BF16": (types.BF16, types.BF16, types.BF16),
+    "Q8_0": (types.Q8_0, types.Q8_0, types.Q8_0),
+    "Q6_K": (types.Q6_K, types.Q6_K, types.Q6_K),
+    "Q5_K_M": (types.Q5_K, types.Q6_K, types.Q6_K),
+    "Q4_K_M": (types.Q4_K, types.Q6_K, types.Q6_K),
+    "Q4_0": (types.Q4_0, types.Q4_0, types.Q4_0),
+    "IQ4_XS": (types.IQ4_XS, types.IQ4_XS, types.Q6_K),
+}
+
+
+def _layer_and_stem(name: str) -> tuple[int, str]:
+    parts = name.split(".")
+    return (int(parts[1]), parts[2]) if parts[0] == "blk" else (0, parts[0])
+
+
+def _more_bits(layer: int, num_layers: int) -> bool:
+    """The layers whose error costs most: the first and last eighth, and every third between."""
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+
+
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _byte_tokens() -> list[str]:
+    """GPT-2's printable stand-ins of the 256 bytes, in the order of the bytes."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    moved = iter(range(256, 512))
+    return [chr(byte) if byte in kept else chr(next(moved)) for byte in range(256)]
+
+
+def _metadata(name: str, shape: Preset) -> dict[str, Any]:
+    """The file's metadata: hyperparameters, and a byte-level tokenizer padded to the vocabulary."""
+    by_bytes = _byte_tokens()
+    padding = shape.vocab_size - len(by_bytes) - len(_SPECIAL_TOKENS) - 1
+    tokens = [*by_bytes, "he", *(f"[PAD{i}]" for i in range(padding)), *_SPECIAL_TOKENS]
+    special = [_CONTROL] * 3 + [_USER_DEFINED] * 4
+    first_special = shape.vocab_size - len(_SPECIAL_TOKENS)
+    return {
+        "general.architecture": "qwen3",
+        "general.name": f"{name} with random weights",
+        "qwen3.block_count": shape.num_hidden_layers,
+        "qwen3.context_length": shape.max_position_embeddings,
+        "qwen3.embedding_length": shape.hidden_size,
+        "qwen3.feed_forward_length": shape.intermediate_size,
+        "qwen3.attention.head_count": shape.num_attention_heads,
+        "qwen3.attention.head_count_kv": shape.num_key_value_heads,
+        "qwen3.attention.key_length": shape.head_dim,
+        "qwen3.attention.value_length": shape.head_dim,
+        "qwen3.attention.layer_norm_rms_epsilon": shape.rms_norm_eps,
+        "qwen3.rope.freq_base": shape.rope_theta,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [_NORMAL] * (len(by_bytes) + 1) + [_UNUSED] * padding + special,
+        "tokenizer.ggml.merges": ["h e"],
+        "tokenizer.ggml.eos_token_id": first_special + 2,
+        "tokenizer.ggml.padding_token_id": first_special,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": _CHAT_TEMPLATE,
+    }
+
+
+# GGUF value types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_ALIGNMENT = 32
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> tuple[int, bytes]:
+    """(GGUF value type, its bytes)."""
+    if isinstance(value, bool):
+        return _BOOL, struct.pack("<?", value)
+    if isinstance(value, int):
+        return _UINT32, struct.pack("<I", value)
+    if isinstance(value, float):
+        return _FLOAT32, struct.pack("<f", value)
+    if isinstance(value, str):
+        return _STRING, _string(value)
+    if isinstance(value[0], str):
+        return _ARRAY, struct.pack("<IQ", _STRING, len(value)) + b"".join(map(_string, value))
+    return _ARRAY, struct.pack("<IQ", _INT32, len(value)) + np.asarray(value, "<i4").tobytes()
+
+
+def _header(metadata: dict[str, Any], listed: list[Tensor]) -> bytes:
+    """Everything ahead of the tensors' bytes, padded to the alignment."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(listed), len(metadata))]
+    for key, value in metadata.items():
+        kind, raw = _value(value)
+        parts += [_string(key), struct.pack("<I", kind), raw]
+    offset = 0
+    for tensor in listed:
+        parts += [
+            _string(tensor.name),
+            struct.pack("<I", len(tensor.shape)),
+            struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape[::-1]),
+        ]
+        parts.append(struct.pack("<IQ", tensor.quant_type.number, offset))
+        offset += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
+    header = b"".join(parts)
+    return header + bytes(-len(header) % _ALIGNMENT)
+
+
+def write_preset_gguf(
+    path: Path, name: str, quant: str, *, seed: int = 0, progress: Callable[[float], None] | None = None
+) -> None:
+    """Writes preset ``name`` in the mix ``quant`` (``Q4_K_M``). The same arguments give the same file.
+
+    Tensors are drawn and written piece by piece, so memory stays small whatever the model's size; ``path`` appears only when it
+    is complete. ``progress`` is told the share written, 0 to 1.
+
+    Raises:
+        InvalidRequest: no such preset, or a mix that presets are not written in.
+    """
+    shape = preset(name)
+    listed = tensors(shape, quant.upper())
+    total, written = sum(tensor.nbytes for tensor in listed), 0
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(_header(_metadata(name, shape), listed))
+            for tensor in listed:
+                for piece in _pieces(tensor, seed):
+                    file.write(piece.data)
+                    written += piece.nbytes
+                    if progress is not None:
+                        progress(written / total)
+                file.write(bytes(-tensor.nbytes % _ALIGNMENT))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pieces(tensor: Tensor, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The tensor's bytes, a few million values at a time."""
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode())]))
+    if tensor.is_norm:
+        yield (1 + 0.1 * rng.standard_normal(tensor.shape[0], dtype=np.float32)).view(np.uint8)
+        return
+    cols = tensor.shape[-1]
+    rows_at_once = max(1, _CHUNK_VALUES // cols)
+    for row in range(0, tensor.shape[0], rows_at_once):
+        rows = min(rows_at_once, tensor.shape[0] - row)
+        yield random_values(tensor.quant_type, rows * cols, cols**-0.5, rng)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from helexa_engine.errors import InvalidRequest
+from helexa_engine.presets import _MIXES, PRESETS, preset, random_values, tensors, write_preset_gguf
+from helexa_engine.quant import types
+from helexa_engine.quant.dequantize import dequantize
+
+#: Parameters that the model cards state, in billions, embeddings included.
+PARAMETERS = {
+    "qwen3-0.6b": 0.6,
+    "qwen3-1.7b": 1.7,
+    "qwen3-4b": 4.0,
+    "qwen3-8b": 8.2,
+    "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8,
+}
+
+
+@pytest.mark.parametrize(("name", "billions"), PARAMETERS.items())
+def test_shapes_have_the_published_size(name: str, billions: float) -> None:
+    assert sum(int(np.prod(t.shape)) for t in tensors(preset(name), "Q8_0")) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "quant_type",
+    [types.F32, types.F16, types.BF16, types.Q4_0, types.Q4_1, types.Q5_0, types.Q5_1, types.Q8_0, types.Q2_K, types.Q3_K,
+     types.Q4_K, types.Q5_K, types.Q6_K, types.IQ4_NL, types.IQ4_XS],
+    ids=str,
+)  # fmt: skip
+def test_random_values_have_the_size_asked_for(quant_type: types.QuantType) -> None:
+    count = 256 * 4096
+    raw = random_values(quant_type, count, 0.02, np.random.default_rng(1))
+    assert raw.nbytes == quant_type.row_bytes(count)
+    values = dequantize(quant_type, raw, [count])
+    assert np.isfinite(values).all()
+    assert values.std() == pytest.approx(0.02, rel=0.05)
+    assert abs(values.mean()) < 0.0023  # half a 4-bit code: ggml's signed codes run from -8 to 7
+    assert len(np.unique(raw)) > 60
+
+
+@pytest.mark.parametrize("quant", _MIXES)
+def test_the_file_is_what_another_reader_expects(tmp_path: Path, quant: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    fractions: list[float] = []
+    write_preset_gguf(path, "qwen3-tiny", quant, progress=fractions.append)
+    reader = gguf.GGUFReader(path)
+    shape = PRESETS["qwen3-tiny"]
+    assert len(reader.fields["tokenizer.ggml.tokens"].data) == shape.vocab_size
+    assert len(set(reader.fields["tokenizer.ggml.tokens"].contents())) == shape.vocab_size
+    assert reader.fields["qwen3.block_count"].contents() == shape.num_hidden_layers
+    assert len(reader.tensors) == 2 + 11 * shape.num_hidden_layers
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        expected = 1.0 if values.ndim == 1 else values.shape[-1] ** -0.5
+        assert np.sqrt((values**2).mean()) == pytest.approx(expected, rel=0.1), tensor.name
+    assert fractions[-1] == 1.0 and fractions == sorted(fractions)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_q4_k_m_mixes_as_the_published_files_do() -> None:
+    kinds = {t.name: t.quant_type.name for t in tensors(preset("qwen3-0.6b"), "Q4_K_M")}
+    assert kinds["token_embd.weight"] == "Q6_K" and kinds["blk.0.attn_q.weight"] == "Q4_K"
+    raised = [i for i in range(28) if kinds[f"blk.{i}.ffn_down.weight"] == "Q6_K"]
+    assert raised == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
+    assert raised == [i for i in range(28) if kinds[f"blk.{i}.attn_v.weight"] == "Q6_K"]
+    untied = {t.name: t.quant_type.name for t in tensors(preset("qwen3-8b"), "Q4_K_M")}
+    assert (untied["token_embd.weight"], untied["output.weight"]) == ("Q4_K", "Q6_K")
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_preset_gguf(tmp_path / name, "qwen3-tiny", "Q4_K_M", seed=seed)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b and a != c and len(a) == len(c)
+
+
+@pytest.mark.parametrize(("name", "quant"), [("qwen9", "Q8_0"), ("qwen3-tiny", "Q9_9")])
+def test_unknown_names_are_refused(tmp_path: Path, name: str, quant: str) -> None:
+    with pytest.raises(InvalidRequest, match="expected one of|written in"):
+        write_preset_gguf(tmp_path / "x", name, quant)
+    assert list(tmp_path.iterdir()) == []
