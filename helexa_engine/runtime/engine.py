@@ -254,6 +254,10 @@ class Engine:
             steps_total=self._steps,
         )
 
+    def close(self) -> None:
+        """Frees the model and the memory of the pages; no step may follow."""
+        del self.runner
+
     def _sample(self, answer: _Answer, logits: Logits) -> StepOutput:
         sequence, params = answer.sequence, answer.request.params
         try:

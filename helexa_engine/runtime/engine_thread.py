@@ -121,6 +121,7 @@ class EngineThread:
             died = EngineDied(f"the engine died: {type(error).__name__}: {error}")
             died.__cause__ = error
             self._end(died)
+        self._engine.close()
 
     def _add(self, request: EngineRequest) -> None:
         try:

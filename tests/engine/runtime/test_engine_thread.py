@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -142,6 +144,18 @@ def test_death_fails_what_runs_and_refuses_what_comes() -> None:
     with pytest.raises(EngineDied):
         thread.submit(request("late"), Ids(), lambda _: None)
     assert thread.died is not None and thread.close(10)
+
+
+def test_close_frees_the_model() -> None:
+    model = ToyModel()
+    freed = weakref.ref(model)
+    thread = EngineThread(toy_engine(model))
+    del model
+    assert freed() is not None
+    assert thread.close(10)
+    gc.collect()
+    assert freed() is None
+    assert thread.stats().num_running == 0
 
 
 def test_close_tells_what_runs_and_is_bounded() -> None:

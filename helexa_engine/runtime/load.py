@@ -1,0 +1,242 @@
+"""From a name to a running model: find the files, plan the memory, load, start the engine's thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cache.page_pool import PagePool
+from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, KvDtype
+from ..config import EngineConfig
+from ..errors import InvalidRequest, ModelNotFound
+from ..generate_request import GenerateRequest
+from ..models.config import ModelConfig
+from ..models.registry import model_class
+from ..ops.registry import native_core
+from ..quant import types
+from ..text.chat_template import ChatTemplate
+from ..text.request_processor import RequestProcessor
+from ..text.tokenizer import Tokenizer
+from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.loader import load as load_weights
+from .engine import LOGITS_ROWS, Engine, EngineRequest
+from .engine_thread import EngineThread
+from .memory import MemoryPlan, available_bytes, plan
+from .model_runner import Model, ModelRunner
+from .request_events import RequestEvents, engine_request
+from .scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+#: Called with (stage, share done from 0 to 1).
+Progress = Callable[[str, float], None]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a loaded model.
+
+    Attributes:
+        name: stem of the file, name of the folder, or ``demo``.
+        path: where it was loaded from.
+        architecture: HuggingFace's ``model_type``.
+        vocab_size: width of the logits.
+        max_model_len: longest prompt plus answer, in tokens, derived from what fits.
+        weight_bytes, kv_bytes: memory taken by weights and reserved for KV pages.
+    """
+
+    name: str
+    path: Path
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    weight_bytes: int
+    kv_bytes: int
+
+    @property
+    def limit(self) -> dict[str, int]:
+        """``{context, input, output}`` in tokens: an answer needs a prompt of at least one token, and the other way round."""
+        context = self.max_model_len
+        return {"context": context, "input": context - 1, "output": context - 1}
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The file or folder of a model. Raises :class:`ModelNotFound`."""
+    if model == "demo":
+        from .. import demo
+
+        path = demo.path()
+        if not path.is_file():
+            raise ModelNotFound("demo", f"the demo model is missing from this installation ({path})")
+        return path
+    path = Path(model).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if not str(model):
+        raise ModelNotFound("", "give a .gguf file, a HuggingFace folder, or demo")
+    if isinstance(model, str) and _HUB_ID.fullmatch(model) and not path.parent.exists():
+        raise ModelNotFound(
+            model, "no such file or folder; helexa loads local files only so far, download the model first"
+        )
+    raise ModelNotFound(str(model), "no such file or folder; give a .gguf file, a HuggingFace folder, or demo")
+
+
+class LoadedModel:
+    """A model that runs: what :class:`helexa_engine.LLM` and :class:`helexa_engine.AsyncEngine` have in common."""
+
+    def __init__(self, engine: Engine, processor: RequestProcessor, info: ModelInfo) -> None:
+        self.tokenizer = processor.tokenizer
+        self.info = info
+        self._processor = processor
+        self.thread = EngineThread(engine, info.name)
+
+    def prepare(self, request: GenerateRequest) -> tuple[EngineRequest, RequestEvents]:
+        """The request in the engine's terms, and what turns its tokens into events. Any thread may call this.
+
+        Raises:
+            InvalidRequest, TemplateRenderFailed: see :meth:`RequestProcessor.prepare`.
+        """
+        prepared = self._processor.prepare(request)
+        return engine_request(request.request_id, prepared), RequestEvents(self._processor, prepared)
+
+    def close(self, timeout: float) -> bool:
+        """Ends running requests and frees the model; False when the step under way took longer than ``timeout`` seconds."""
+        return self.thread.close(timeout)
+
+
+def load_model(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
+    """Loads a model and starts its engine. Blocks; see :class:`helexa_engine.LLM` for arguments and errors."""
+    if config.quant is not None:
+        raise InvalidRequest(
+            "quant", "quantising while loading is not built yet; load a GGUF file of the type you want"
+        )
+    if config.num_threads is not None and (core := native_core()) is not None:
+        core.set_num_threads(config.num_threads)
+    path = resolve_model(model)
+    report = progress or (lambda stage, fraction: None)
+    report("reading the checkpoint", 0.0)
+    with open_checkpoint(path) as checkpoint:
+        build = model_class(checkpoint.architecture, checkpoint.where)
+        model_config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
+        specs = build.cache_specs(model_config, _kv_dtype(config, checkpoint))
+        weight_bytes = _weight_bytes(checkpoint, config.dtype)
+        memory = plan_memory(model_config, specs, config, weight_bytes)
+        log.info("%s: %s", path.name, memory)
+        processor = _request_processor(checkpoint, model_config.vocab_size)
+        net = build(model_config, memory.max_model_len)
+        load_weights(net, checkpoint, dtype=config.dtype, progress=report)
+    engine = build_engine(net, specs, memory, config, model_config.vocab_size)
+    info = ModelInfo(
+        name="demo" if model == "demo" else path.stem if path.suffix == ".gguf" else path.resolve().name,
+        path=path,
+        architecture=checkpoint.architecture,
+        vocab_size=model_config.vocab_size,
+        max_model_len=memory.max_model_len,
+        weight_bytes=weight_bytes,
+        kv_bytes=memory.kv_bytes,
+    )
+    report("ready", 1.0)
+    return LoadedModel(engine, processor, info)
+
+
+def _request_processor(checkpoint: Checkpoint, vocab_size: int) -> RequestProcessor:
+    """The text side of the model. Raises :class:`UnsupportedCheckpoint` when its tokenizer has more tokens than the model."""
+    if checkpoint.metadata is not None:
+        tokenizer = Tokenizer.from_gguf(checkpoint.metadata, checkpoint.where)
+    else:
+        tokenizer = Tokenizer.from_folder(checkpoint.path)
+    tokenizer.check_fits(vocab_size)
+    template = checkpoint.chat_template
+    chat_template = ChatTemplate.for_tokenizer(template, tokenizer) if template else None
+    return RequestProcessor(tokenizer, chat_template, checkpoint.generation_config)
+
+
+def _kv_dtype(config: EngineConfig, checkpoint: Checkpoint) -> KvDtype:
+    """``auto`` is float32 where the matrices are float32, else float16."""
+    if config.kv_dtype != "auto":
+        return config.kv_dtype
+    if config.dtype != "auto":
+        return "float32" if config.dtype == "float32" else "float16"
+    matrices = [tensor for tensor in checkpoint.tensors if len(tensor.shape) > 1]
+    return "float32" if all(t.quant_type is types.F32 for t in matrices) else "float16"
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of the weights once loaded: as in the file, or converted; vectors are float32 always."""
+    converted = {"float32": 4, "float16": 2, "bfloat16": 2}.get(dtype)
+    total = 0
+    for tensor in checkpoint.tensors:
+        count = math.prod(tensor.shape)
+        if len(tensor.shape) == 1:
+            total += 4 * count
+        elif converted is not None and tensor.quant_type.is_float:
+            total += converted * count
+        else:
+            total += tensor.nbytes
+    return total
+
+
+def build_engine(
+    model: Model, specs: list[AttentionCacheSpec], memory: MemoryPlan, config: EngineConfig, vocab_size: int
+) -> Engine:
+    """An engine over a loaded model, with its KV pages reserved."""
+    pages_per_seq = -(-memory.max_model_len // PAGE_SIZE)
+    runner = ModelRunner(
+        model,
+        [spec.allocate(memory.num_pages) for spec in specs],
+        page_size=PAGE_SIZE,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_pages_per_seq=pages_per_seq,
+    )
+    scheduler = Scheduler(
+        PagePool(memory.num_pages),
+        page_size=PAGE_SIZE,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+    return Engine(runner, scheduler, vocab_size=vocab_size, max_model_len=memory.max_model_len, seed=config.seed)
+
+
+def plan_memory(
+    model_config: ModelConfig,
+    specs: list[AttentionCacheSpec],
+    config: EngineConfig,
+    weight_bytes: int,
+    available: int | None = None,
+) -> MemoryPlan:
+    """The plan for a model of this shape on this machine. Raises :class:`ModelDoesNotFit`, :class:`InvalidRequest`."""
+    needed = PAGE_SIZE + config.max_num_seqs - 1
+    if config.max_num_batched_tokens < needed:
+        raise InvalidRequest(
+            "max_num_batched_tokens",
+            f"expected at least {needed}: a chunk of {PAGE_SIZE} tokens and a token of each other sequence "
+            f"(max_num_seqs={config.max_num_seqs}) share a step; got {config.max_num_batched_tokens}",
+        )
+    return plan(
+        weight_bytes=weight_bytes,
+        page_bytes=sum(spec.page_bytes for spec in specs),
+        page_size=PAGE_SIZE,
+        workspace_bytes=_workspace_bytes(model_config, config),
+        model_max_len=model_config.max_position_embeddings,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        available_bytes=available_bytes() if available is None else available,
+        memory_fraction=config.memory_fraction,
+    )
+
+
+def _workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Float32 activations of the widest layer in the largest step, and the logits."""
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    attention = (heads + model.num_attention_heads) * model.head_dim
+    feed_forward = 3 * model.intermediate_size
+    per_token = 2 * model.hidden_size + max(attention, feed_forward)
+    rows = max(config.max_num_seqs, LOGITS_ROWS)
+    return 4 * (config.max_num_batched_tokens * per_token + rows * model.vocab_size)
