@@ -194,5 +194,6 @@ def test_models_without_template_or_without_tools(tokenizer):
 
 
 def test_imports_stay_light():
-    code = "import sys, helexa_engine.text.request_processor as _\nprint({'tokenizers', 'jinja2', 'llguidance', 'torch'} & set(sys.modules))"
+    heavy = "{'tokenizers', 'jinja2', 'llguidance', 'torch'}"
+    code = f"import sys, helexa_engine.text.request_processor as _; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
