@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import InvalidRequest, UnsupportedCheckpoint
-from ..quant import types
+from ..quant import mixes, quantize, types
 from ..quant.dequantize import dequantize
 from ..quant.types import QuantType
 from .checkpoint import Checkpoint, RawTensor
@@ -16,7 +17,9 @@ from .checkpoint import Checkpoint, RawTensor
 #: Called with (stage, share done from 0 to 1).
 Progress = Callable[[str, float], None]
 
-_IGNORED = ("rotary_emb.inv_freq", "rope_freqs.weight")
+# A constant that old checkpoints stored; a hint about the range of activations.
+_IGNORED = ("rotary_emb.inv_freq", ".input_scale")
+_VALUES_AT_ONCE = 1 << 22
 
 
 class Slot(Protocol):
@@ -30,23 +33,36 @@ class Loadable(Protocol):
     def parameters_wanted(self) -> Mapping[str, Slot]: ...
 
 
-def load(model: Loadable, checkpoint: Checkpoint, *, dtype: str = "auto", progress: Progress | None = None) -> None:
+def load(
+    model: Loadable,
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    quant: str | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Loads every parameter that ``model`` wants.
 
     Args:
+        quant: a mix of :mod:`helexa_engine.quant.mixes` (``Q4_K_M``) to quantise unquantised matrices to, instead of ``dtype``.
         dtype: ``auto`` keeps what the file has; ``float32``, ``float16``, ``bfloat16`` converts unquantised matrices.
         progress: called after each tensor.
 
     Raises:
+        InvalidRequest: there is no such dtype or mix.
         UnsupportedCheckpoint: a tensor is missing, unexpected or of the wrong shape; nothing is loaded then.
     """
+    types_wanted = _mix_types(checkpoint, quant)
     wanted = model.parameters_wanted()
     _check(wanted, checkpoint)
     total = sum(checkpoint.tensor(name).nbytes for name in wanted) or 1
     done = 0
     for name, slot in wanted.items():
         raw = checkpoint.tensor(name)
-        slot.load(convert(raw, dtype))
+        if name in types_wanted:
+            slot.load(requantize(raw, types_wanted[name], str(checkpoint.path)))
+        else:
+            slot.load(convert(raw, dtype))
         checkpoint.release(name)
         done += raw.nbytes
         if progress is not None:
@@ -72,6 +88,59 @@ def _check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
             raise UnsupportedCheckpoint(
                 f"expected shape {list(slot.shape)}, got {list(shape)}", f"{checkpoint.path}: tensor {name!r}"
             )
+
+
+def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType]:
+    """Names of the tensors that quantising on loading changes -> their types: matrices that the file has unquantised."""
+    if quant is None:
+        return {}
+    mix = mixes.by_name(quant)
+    if mix is None:
+        raise InvalidRequest("quant", f"expected one of {', '.join(mixes.MIXES)}; got {quant!r}")
+    config = checkpoint.config
+    changed = {}
+    for raw in checkpoint.tensors:
+        if raw.quant_type.is_float and len(raw.shape) == 2:
+            target = mixes.quant_type_for(
+                mix,
+                raw.name,
+                raw.shape,
+                num_layers=int(config["num_hidden_layers"]),
+                gqa_ratio=int(config["num_attention_heads"]) // int(config["num_key_value_heads"]),
+                tied=bool(config.get("tie_word_embeddings")),
+            )
+            if target is not raw.quant_type:
+                changed[raw.name] = target
+    return changed
+
+
+def required_bytes(checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | None = None) -> int:
+    """Bytes of the weights once loaded, from the headers alone; vectors are float32 whatever the file has."""
+    types_wanted = _mix_types(checkpoint, quant)
+    total = 0
+    for raw in checkpoint.tensors:
+        target = types_wanted.get(raw.name, raw.quant_type)
+        if len(raw.shape) < 2 or target is types.F64:
+            target = types.F32
+        elif target.is_float and raw.name not in types_wanted:
+            target = _FLOATS.get(dtype, target)
+        total += math.prod(raw.shape) // target.block_size * target.block_bytes
+    return total
+
+
+def requantize(raw: RawTensor, target: QuantType, where: str) -> RawTensor:
+    """A matrix in another type, a few rows in float32 at a time. Raises UnsupportedCheckpoint on NaN or infinity."""
+    rows, cols = raw.shape
+    source = raw.data.reshape(rows, -1)
+    out = np.empty((rows, target.row_bytes(cols)), np.uint8)
+    step = max(1, _VALUES_AT_ONCE // cols)
+    for start in range(0, rows, step):
+        part = source[start : start + step]
+        values = dequantize(raw.quant_type, part, (len(part), cols))
+        if not np.isfinite(values).all():
+            raise UnsupportedCheckpoint("NaN or infinite weights cannot be quantised", f"{where}: tensor {raw.name!r}")
+        out[start : start + step] = quantize.quantize(values, target)
+    return RawTensor(raw.name, target, raw.shape, out.reshape(-1))
 
 
 def convert(raw: RawTensor, dtype: str) -> RawTensor:

@@ -1,0 +1,102 @@
+"""Mixes: which type each tensor of a model gets, under the names that llama.cpp gave them (``Q4_K_M``).
+
+Source: ``llama_tensor_get_type`` of llama.cpp, as laid down in the project's notes on models.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from helexa_engine.quant import types
+from helexa_engine.quant.types import QuantType
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A named mix: ``base`` for most matrices, ``head`` for the one that makes the logits; ``file_type`` is GGUF's number."""
+
+    name: str
+    base: QuantType
+    head: QuantType
+    file_type: int
+
+
+MIXES: dict[str, Mix] = {
+    mix.name: mix
+    for mix in (
+        Mix("F32", types.F32, types.F32, 0),
+        Mix("F16", types.F16, types.F16, 1),
+        Mix("BF16", types.BF16, types.BF16, 32),
+        Mix("Q8_0", types.Q8_0, types.Q8_0, 7),
+        Mix("Q4_0", types.Q4_0, types.Q4_0, 2),
+        Mix("Q6_K", types.Q6_K, types.Q6_K, 18),
+        Mix("Q5_K_M", types.Q5_K, types.Q6_K, 17),
+        Mix("Q4_K_M", types.Q4_K, types.Q6_K, 15),
+        Mix("Q3_K_M", types.Q3_K, types.Q6_K, 12),
+        Mix("IQ4_XS", types.IQ4_XS, types.Q6_K, 30),
+    )
+}
+
+# For rows that are no multiple of 256.
+_FALLBACK = {
+    types.Q3_K: types.IQ4_NL,
+    types.IQ4_XS: types.IQ4_NL,
+    types.Q4_K: types.Q5_0,
+    types.Q5_K: types.Q5_1,
+    types.Q6_K: types.Q8_0,
+}
+
+
+def by_name(name: str) -> Mix | None:
+    """The mix of this name (any case), or None."""
+    return MIXES.get(name.upper())
+
+
+def use_more_bits(layer: int, num_layers: int) -> bool:
+    """The layers that matter most: the first and last eighth and every third between."""
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _layer_type(mix: Mix, module: str, layer: int, num_layers: int, gqa_ratio: int) -> QuantType:
+    is_v, is_down = module == "self_attn.v_proj", module == "mlp.down_proj"
+    if mix.name in ("Q4_K_M", "Q5_K_M") and (is_v or is_down) and use_more_bits(layer, num_layers):
+        return types.Q6_K
+    if mix.name == "Q3_K_M":
+        if is_v:
+            return types.Q5_K if layer < 2 else types.Q4_K
+        if is_down:
+            return types.Q5_K if layer < num_layers // 16 else types.Q4_K
+        if module == "self_attn.o_proj":
+            return types.Q4_K
+    if mix.name == "IQ4_XS" and ((is_v and gqa_ratio >= 4) or (is_down and layer < num_layers // 8)):
+        return types.Q5_K
+    return mix.base
+
+
+def quant_type_for(
+    mix: Mix, name: str, shape: tuple[int, ...], *, num_layers: int, gqa_ratio: int, tied: bool
+) -> QuantType:
+    """The type of one tensor.
+
+    Args:
+        name: HuggingFace parameter name.
+        shape: torch order; anything but a matrix stays F32.
+        gqa_ratio: query heads for each key-value head.
+        tied: the embedding table is also the head.
+    """
+    if len(shape) != 2 or min(shape) == 1:
+        return types.F32
+    match = _LAYER.fullmatch(name)
+    if match:
+        wanted = _layer_type(mix, match[2], int(match[1]), num_layers, gqa_ratio)
+    elif name == "lm_head.weight" or (tied and name == "model.embed_tokens.weight"):
+        wanted = mix.head
+    else:
+        wanted = mix.base
+    if shape[-1] % wanted.block_size:
+        wanted = _FALLBACK.get(wanted, wanted)
+    return types.F16 if shape[-1] % wanted.block_size else wanted
