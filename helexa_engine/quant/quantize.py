@@ -60,14 +60,16 @@ def _planes(q: Array, width: int) -> Array:
 
 def _extreme(x: FloatArray) -> FloatArray:
     """The value of largest magnitude in each group, with its sign; [..., k] -> [...]."""
-    return np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    extreme: FloatArray = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    return extreme
 
 
 # --- one group: x ~ scale * q, or x ~ scale * q - minimum -------------------------------------------------------------
 
 
 def _integers(x: FloatArray, scale: FloatArray, low: int, high: int) -> FloatArray:
-    return np.clip(np.rint(x * _divide(np.ones_like(scale), scale)[..., None]), low, high)
+    q: FloatArray = np.clip(np.rint(x * _divide(np.ones_like(scale), scale)[..., None]), low, high)
+    return q
 
 
 def _codes(x: FloatArray, scale: FloatArray) -> Array:

@@ -102,10 +102,7 @@ class GGUFCheckpoint(Checkpoint):
         self.architecture = architecture
         self.metadata = metadata
         self.nbytes = self._file.nbytes
-        self.generation_config = gguf_names.generation_config(metadata)
-        eos = [metadata[k] for k in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if k in metadata]
-        if eos:
-            self.generation_config["eos_token_id"] = list(dict.fromkeys(eos))
+        self.generation_config = gguf_names.generation_config(metadata, str(path))
         template = metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) else None
         self.config = {}
@@ -121,6 +118,12 @@ class GGUFCheckpoint(Checkpoint):
         self.config = gguf_names.hf_config(metadata, embedding.shape[0], "output.weight" not in tensors, str(path))
         for name in tensors:
             fused = gguf_names.fused_qkv_names(name)
+            if name.endswith(".scale"):
+                raise UnsupportedCheckpoint(
+                    "a matrix with a separate scale (of NVFP4 or FP8 origin) is not supported; take a file quantised to one "
+                    "of the usual types, such as Q8_0 or Q4_K_M",
+                    f"{path}: tensor {name!r}",
+                )
             if fused:
                 self._index.update(self._split_qkv(name, fused))
             else:

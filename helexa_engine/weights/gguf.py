@@ -189,6 +189,11 @@ class _Cursor:
         return StringArray(data, starts, lengths)
 
 
+def _equal(value: Any, expected: int) -> bool:
+    """Of metadata, which may be anything: an array would compare element by element."""
+    return isinstance(value, int) and value == expected
+
+
 class GGUFFile:
     """One model in GGUF, in one file or several.
 
@@ -217,7 +222,13 @@ class GGUFFile:
             raise UnsupportedCheckpoint(
                 f"this is part {int(split['number'])} of a split model; give the first part, {first}", str(path)
             )
-        self._read_part(self.path, 0)
+        self.metadata = self._read_part(self.path, 0)
+        number = self.metadata.get("split.no", 0)
+        if not _equal(number, 0):
+            raise UnsupportedCheckpoint(
+                f"split.no is {number!r:.40}, so this is not the first part of the model; give the first part",
+                str(path),
+            )
         count = self._split_count()
         self.paths = [self.path]
         if count > 1:
@@ -230,8 +241,15 @@ class GGUFFile:
                 part = self.path.with_name(f"{split['stem']}-{number:05d}-of-{count:05d}.gguf")
                 if not part.is_file():
                     raise ModelNotFound(str(self.path), f"part {number} of {count} is missing: {part}")
-                self._read_part(part, number - 1)
+                metadata = self._read_part(part, number - 1)
+                if not _equal(metadata.get("split.no"), number - 1) or not _equal(metadata.get("split.count"), count):
+                    raise UnsupportedCheckpoint(f"this is not part {number} of {count} of {self.path.name}", str(part))
                 self.paths.append(part)
+            expected = self.metadata.get("split.tensors.count", len(self.tensors))
+            if not _equal(expected, len(self.tensors)):
+                raise UnsupportedCheckpoint(
+                    f"the parts hold {len(self.tensors)} tensors, split.tensors.count says {expected!r:.40}", str(path)
+                )
 
     def release(self, name: str) -> None:
         """Gives the mapped pages of a tensor back to the system; they are read again from the file when touched."""
@@ -253,7 +271,8 @@ class GGUFFile:
             raise UnsupportedCheckpoint(f"split.count: expected at most {MAX_PARTS}, got {count!r:.80}", str(self.path))
         return count
 
-    def _read_part(self, path: Path, part: int) -> None:
+    def _read_part(self, path: Path, part: int) -> dict[str, Any]:
+        """Maps a file and checks it whole; adds its tensors and returns its metadata."""
         try:
             with path.open("rb") as file:
                 head = file.read(8)
@@ -297,9 +316,8 @@ class GGUFFile:
             if key in metadata:
                 raise cursor.fail("the key stands twice", f"metadata {key!r}")
             metadata[key] = cursor.value(int(cursor.scalar(UINT32, f"metadata {key!r}")), f"metadata {key!r}")
-        if part == 0:
-            self.metadata = metadata
         self._read_tensors(cursor, metadata, num_tensors, part)
+        return metadata
 
     def _read_tensors(self, cursor: _Cursor, metadata: Mapping[str, Any], num_tensors: int, part: int) -> None:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)

@@ -103,6 +103,8 @@ def hf_config(metadata: Mapping[str, Any], vocab_rows: int, tied: bool, where: s
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
     kind = read("rope.scaling.type", required=False)
+    if kind is not None and not isinstance(kind, str):
+        raise UnsupportedCheckpoint(f"metadata rope.scaling.type: expected text, got {type(kind).__name__}", where)
     if kind not in (None, "none"):
         scaling = {"rope_type": kind, "factor": read("rope.scaling.factor")}
         for theirs, ours in (
@@ -118,11 +120,30 @@ def hf_config(metadata: Mapping[str, Any], vocab_rows: int, tied: bool, where: s
     return config
 
 
-def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling defaults stored as ``general.sampling.*``, under HuggingFace's names."""
-    found = {
-        ours: metadata[f"general.sampling.{theirs}"]
-        for theirs, ours in _SAMPLING.items()
-        if f"general.sampling.{theirs}" in metadata
-    }
+def generation_config(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Sampling defaults stored as ``general.sampling.*`` and the end tokens, under HuggingFace's names.
+
+    Raises:
+        UnsupportedCheckpoint: one of them is not a number.
+    """
+    found: dict[str, Any] = {}
+    for theirs, ours in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{theirs}")
+        if value is not None:
+            found[ours] = _number(value, f"general.sampling.{theirs}", where)
+    eos: list[int] = []
+    for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+        if key in metadata:
+            token = _number(metadata[key], key, where)
+            if not isinstance(token, int):
+                raise UnsupportedCheckpoint(f"metadata {key}: expected a token id, got {token}", where)
+            eos += [token] if token not in eos else []
+    if eos:
+        found["eos_token_id"] = eos
     return found
+
+
+def _number(value: Any, key: str, where: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UnsupportedCheckpoint(f"metadata {key}: expected a number, got {type(value).__name__}", where)
+    return value

@@ -57,7 +57,7 @@ class _File:
         try:
             dtype, shape = entry["dtype"], tuple(int(d) for d in entry["shape"])
             begin, end = (int(i) for i in entry["data_offsets"])
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise UnsupportedCheckpoint("malformed header entry", place) from None
         if dtype not in _DTYPES:
             raise UnsupportedCheckpoint(f"dtype {dtype} is not supported; expected {', '.join(_DTYPES)}", place)
