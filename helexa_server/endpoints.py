@@ -143,20 +143,23 @@ class Generate:
         record = scope[RECORD] = RequestRecord(
             request.url.path, model.id, call.requests[0].request_id, request.app.state.metrics[model.id]
         )
+        projector = self.wire.Projector(call, model.id, int(time.time()))
+        stream = Stream(send, self.wire, projector, config.keep_alive_seconds)
         try:
             async with Generation(model, call.requests, config.load_wait_seconds) as generation:
                 if call.stream:
-                    projector = self.wire.Projector(call, model.id, int(time.time()))
-                    stream = Stream(send, self.wire, projector, config.keep_alive_seconds)
                     await unless_disconnected(receive, stream.run(generation, record))
                 else:
                     response = await unless_disconnected(receive, self._whole(call, model, generation, record))
                     await response(scope, receive, send)
         except ClientGone:
             record.client_gone = True
-        except HelexaError as error:
-            record.error = error
-            raise
+        except Exception as error:
+            record.error = as_helexa_error(error)
+            await stream.fail(record.error)
+        except asyncio.CancelledError:  # the grace period of a shutdown is over
+            record.error = ServiceUnavailable("the server is shutting down", RETRY_AFTER_SECONDS)
+            await stream.fail(record.error)
         finally:
             record.close()
 
@@ -185,18 +188,18 @@ class Stream:
         self._started = False
 
     async def run(self, generation: Generation, record: RequestRecord) -> None:
-        try:
-            while (item := await self._next(generation)) is not None:
-                prompt_index, event = item
-                record.push(event, prompt_index)
-                await self._write(self._projector.push(event, prompt_index))
-            await self._write(self._projector.finish(), last=True)
-        except HelexaError as error:
-            if not self._started:
-                raise
-            record.error = error
-            body = self._wire.error_body(error, status_of(error))
-            await self._write([Frame(msgspec.json.encode(body))], last=True)
+        while (item := await self._next(generation)) is not None:
+            prompt_index, event = item
+            record.push(event, prompt_index)
+            await self._write(self._projector.push(event, prompt_index))
+        await self._write(self._projector.finish(), last=True)
+
+    async def fail(self, error: HelexaError) -> None:
+        """Ends the stream with the wire format's error; raises it where nothing has been sent."""
+        if not self._started:
+            raise error
+        body = self._wire.error_body(error, status_of(error))
+        await self._write([Frame(msgspec.json.encode(body))], last=True)
 
     async def _next(self, generation: Generation) -> tuple[int, Event] | None:
         """The next item; meanwhile a no-op frame after every silence. Waiting for an item is never cancelled by one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -9,10 +10,11 @@ import threading
 import httpx
 import openai
 import pytest
-from answer_scripts import answer
+from answer_scripts import PROMPT, answer, words
 from live import Serve, wait_until
 
 from helexa_engine.errors import InvalidRequest, ModelDoesNotFit
+from helexa_engine.events import Event
 from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_engine.version import __version__
 from helexa_server.app import create_app
@@ -32,7 +34,7 @@ def assert_envelope(response: httpx.Response, status: int, code: str) -> dict[st
 
 
 def test_every_error_is_the_envelope(serve: Serve) -> None:
-    json = {"content-type": "application/json"}
+    as_json = {"content-type": "application/json"}
     with serve(FakeEngine(answer()), max_body_bytes=2000).http() as http:
         assert_envelope(http.get("/nowhere"), 404, "not_found")
         assert "POST" in http.get(CHAT).headers["allow"]
@@ -40,13 +42,13 @@ def test_every_error_is_the_envelope(serve: Serve) -> None:
         assert_envelope(http.post("/health"), 405, "method_not_allowed")
         assert_envelope(http.post(CHAT, content=b"{}"), 415, "unsupported_media_type")
         assert_envelope(http.post(CHAT, data={"a": "b"}), 415, "unsupported_media_type")
-        error = assert_envelope(http.post(CHAT, content=b"x" * 2001, headers=json), 413, "request_too_large")
+        error = assert_envelope(http.post(CHAT, content=b"x" * 2001, headers=as_json), 413, "request_too_large")
         assert error["max_bytes"] == 2000
         for body in (b"", b"{", b'{"messages": NaN}', b'\xff\xfe{"a": 1}', b'{"model": "\xff", "messages": []}'):
-            error = assert_envelope(http.post(CHAT, content=body, headers=json), 400, "invalid_request")
+            error = assert_envelope(http.post(CHAT, content=body, headers=as_json), 400, "invalid_request")
             assert error["param"] == "body"
         for body in (b"[]", b'"x"', b"null", b"[" * 1500):
-            assert_envelope(http.post(CHAT, content=body, headers=json), 400, "invalid_request")
+            assert_envelope(http.post(CHAT, content=body, headers=as_json), 400, "invalid_request")
         assert assert_envelope(http.post(CHAT, json={}), 400, "invalid_request")["param"] == "messages"
         assert http.post(CHAT, json=ASK).status_code == 200, "and the server is as it was"
 
@@ -175,13 +177,16 @@ def test_model_names(tmp_path: object) -> None:
     assert model_name(f"{tmp_path}/") == str(tmp_path).rsplit("/", 1)[-1]
 
 
-def test_shutdown_is_bounded_and_aborts(serve: Serve) -> None:
-    engine = FakeEngine([60.0])
+@pytest.mark.parametrize(("stream", "steps"), [(False, []), (True, []), (True, [PROMPT, *words("some words")])])
+def test_shutdown_is_bounded_and_says_so(serve: Serve, stream: bool, steps: list[Event]) -> None:
+    """What still runs after the grace period is aborted: 503, or an error event where the stream has begun."""
+    engine = FakeEngine([*steps, 60.0])
     live = serve(engine, shutdown_seconds=0.0)
+    answers: list[httpx.Response] = []
 
     def ask() -> None:
-        with live.http() as http, pytest.raises(httpx.HTTPError):
-            http.post(CHAT, json=ASK).raise_for_status()
+        with live.http() as http:
+            answers.append(http.post(CHAT, json={**ASK, "stream": stream}))
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -189,6 +194,11 @@ def test_shutdown_is_bounded_and_aborts(serve: Serve) -> None:
     live.stop()
     asking.join(5)
     assert not asking.is_alive() and len(engine.aborted) == 1
+    if steps:
+        *_, last = answers[0].text.strip().split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "service_unavailable"
+    else:
+        assert_envelope(answers[0], 503, "service_unavailable")
 
 
 def test_importing_the_server_brings_no_torch() -> None:
