@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedCheckpoint
+from ..layers.rotary import inverse_frequencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class ModelConfig:
 
         heads, hidden = integer("num_attention_heads", high=4096), integer("hidden_size")
         rope = config.get("rope_parameters") or config.get("rope_scaling")
+        if rope is not None and not isinstance(rope, Mapping):
+            raise UnsupportedCheckpoint(f"rope_scaling: expected an object, got {rope!r}", where)
         theta = number(config if config.get("rope_theta") is not None else rope or {}, "rope_theta")
         made = cls(
             architecture=architecture,
@@ -72,6 +75,9 @@ class ModelConfig:
             )
         if made.head_dim % 16:
             raise UnsupportedCheckpoint(f"head_dim: expected a multiple of 16, got {made.head_dim}", where)
+        inverse_frequencies(
+            made.head_dim, theta, rope, where=where
+        )  # raises what rotary_table would, with the file's name
         for key, neutral in (("attention_bias", False), ("use_sliding_window", False)):
             if config.get(key, neutral) != neutral:
                 raise UnsupportedCheckpoint(
