@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from live import Serve, live_server
+
+from .live import Serve, live_server
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ import threading
 import httpx
 import openai
 import pytest
-from answer_scripts import PROMPT, answer, words
-from live import Serve, wait_until
 
 from helexa_engine.errors import InvalidRequest, ModelDoesNotFit
 from helexa_engine.events import Event
@@ -20,6 +18,9 @@ from helexa_engine.version import __version__
 from helexa_server.app import create_app
 from helexa_server.config import ServerConfig
 from helexa_server.served_model import ServedModel, model_name
+
+from .answer_scripts import PROMPT, answer, words
+from .live import Serve, wait_until
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "Hi"}]}

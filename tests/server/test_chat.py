@@ -8,12 +8,13 @@ from typing import Any
 
 import openai
 import pytest
-from answer_scripts import PROMPT, answer, finished, tool_answer, words
-from live import Serve, wait_until
 
 from helexa_engine.errors import ContextLengthExceeded, EngineDied, Overloaded, TemplateRenderFailed
 from helexa_engine.events import ContentDelta, Failed
 from helexa_engine.testing.fake_engine import FakeEngine
+
+from .answer_scripts import PROMPT, answer, finished, tool_answer, words
+from .live import Serve, wait_until
 
 USER = [{"role": "user", "content": "Hi"}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import openai
 import pytest
-from answer_scripts import PROMPT, answer, finished, token, words
-from live import Serve
 
 from helexa_engine.events import ContentDelta, Event, PromptProcessed
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.testing.fake_engine import FakeEngine
+
+from .answer_scripts import PROMPT, answer, finished, token, words
+from .live import Serve
 
 
 def test_whole_and_streamed(serve: Serve) -> None:

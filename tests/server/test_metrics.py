@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import httpx
-from answer_scripts import PROMPT, finished, words
-from live import Live, Serve, wait_until
 
 from helexa_engine.errors import EngineDied
 from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_server.metrics import Histogram
+
+from .answer_scripts import PROMPT, finished, words
+from .live import Live, Serve, wait_until
 
 LINE = re.compile(r'(?P<name>[a-zA-Z_:][\w:]*)\{(?P<labels>(?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)+)\} (?P<value>[-+\d.e]+)')
 

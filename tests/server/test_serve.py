@@ -18,13 +18,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live import wait_until
 
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import InvalidRequest, ModelNotFound
 from helexa_server.app import CannotListen, in_daemon_thread, listen, serve
 from helexa_server.config import ServerConfig
 from helexa_server.logs import JsonFormatter
+
+from .live import wait_until
 
 #: ``serve`` over an engine that loads for as long as a file is missing. Prints its exit code, or the error it ends with.
 PROGRAM = """
