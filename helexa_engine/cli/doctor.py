@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,10 +104,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     """``"2.13.0+cpu"`` as (2, 13, 0): the release part, as far as it is numbers."""
     numbers = []
     for part in version.partition("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit())
-        if not part[:1].isdigit():
+        digits = re.match(r"\d+", part)
+        if digits is None:
             break
-        numbers.append(int(digits))
+        numbers.append(int(digits[0]))
     return tuple(numbers)
 
 
@@ -165,6 +166,8 @@ def _native() -> Iterator[Finding]:
             "bandwidth",
             f"memory reads at {bandwidth / 1e9:.1f} GB/s: a model of 1 GB decodes at no more than {bandwidth / 1e9:.0f} tokens/s",
         )
+    except AttributeError as error:
+        yield Finding("missing", "native core", f"was built from an older helexa ({error}); build it again")
     except (HelexaError, ValueError, RuntimeError) as error:
         yield Finding("missing", "native core", f"{error}")
 
