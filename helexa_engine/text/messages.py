@@ -11,6 +11,13 @@ from ..errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
+
+class VisionUnsupported(InvalidRequest):
+    """An image, video or sound was sent to a model that reads text."""
+
+    code = "vision_unsupported"
+
+
 #: How a system message that is not first is shown to a template that refuses it: in place, so that the cached prefix before
 #: it stays valid.
 SYSTEM_BLOCK = "<system-reminder>\n{}\n</system-reminder>"
@@ -79,11 +86,7 @@ def _text(content: Any, path: str) -> str:
         elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
             pieces.append(part["text"])
         elif kind in ("image_url", "image", "input_image", "video", "video_url", "input_audio"):
-            raise InvalidRequest(
-                f"{path}[{i}]",
-                f"this model reads text only, got a part of type {kind!r}",
-                reason_code="vision_unsupported",
-            )
+            raise VisionUnsupported(f"{path}[{i}]", f"this model reads text only, got a part of type {kind!r}")
         else:
             log.info("%s[%d]: skipped a content part of unknown type %r", path, i, kind)
     return "\n".join(pieces)

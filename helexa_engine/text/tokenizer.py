@@ -124,9 +124,15 @@ class Tokenizer:
                 raise UnsupportedCheckpoint(f"tokenizer.ggml.{key}: expected {kind.__name__}, got {value!r:.60}", where)
             return value
 
+        def integers(key: str, values: Iterable[Any]) -> list[int]:
+            try:
+                return [int(value) for value in values]  # the reader may give numpy's
+            except (TypeError, ValueError):
+                raise UnsupportedCheckpoint(f"tokenizer.ggml.{key}: expected integers", where) from None
+
         def token_id(key: str) -> int | None:
             value = metadata.get(f"tokenizer.ggml.{key}")
-            return None if value is None else int(value)
+            return None if value is None else integers(key, [value])[0]
 
         if (model := read("model", str)) != "gpt2":
             raise UnsupportedCheckpoint(f"tokenizer model {model!r}; helexa reads gpt2 (byte-level BPE)", where)
@@ -136,7 +142,7 @@ class Tokenizer:
             raise UnsupportedCheckpoint(f"tokenizer pre-tokenizer {pre!r}; helexa knows {known}", where)
         words = list(metadata.get("tokenizer.ggml.tokens", ()))
         merges = list(metadata.get("tokenizer.ggml.merges", ()))
-        types = list(metadata.get("tokenizer.ggml.token_type", ())) or [1] * len(words)
+        types = integers("token_type", metadata.get("tokenizer.ggml.token_type", ())) or [1] * len(words)
         if not words or not all(map(str.__instancecheck__, words)):
             raise UnsupportedCheckpoint("tokenizer.ggml.tokens: expected a list of strings", where)
         if len(types) != len(words):

@@ -149,6 +149,12 @@ def test_bad_messages(message, path):
         render(EACH, [message])
 
 
+def test_images_have_a_code_of_their_own():
+    with pytest.raises(InvalidRequest) as caught:
+        render(EACH, [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}])
+    assert caught.value.code == "vision_unsupported"
+
+
 def test_capabilities():
     found = ChatTemplate(EACH).capabilities
     assert (found.system, found.late_system, found.tools, found.tool_syntax, found.thinking) == (

@@ -201,6 +201,8 @@ def test_check_fits(tokenizer):
         ({"tokens": []}, "tokens"),
         ({"tokens": [1, 2]}, "tokens"),
         ({"token_type": [1]}, "token_type has 1"),
+        ({"token_type": ["x"]}, "token_type: expected integers"),
+        ({"eos_token_id": "x"}, "eos_token_id: expected integers"),
         ({"merges": ["zz yy"]}, "merges"),
         ({"merges": ["zz"]}, "merges"),
         ({"eos_token_id": 10**6}, "1000000"),
