@@ -22,7 +22,15 @@ from helexa_engine.version import __version__
 
 from . import metrics, sse
 from .config import ServerConfig
-from .errors import RECORD, BodyTooLarge, ServiceUnavailable, UnsupportedMediaType, as_helexa_error, status_of
+from .errors import (
+    RECORD,
+    BodyTooLarge,
+    ServiceUnavailable,
+    UnsupportedMediaType,
+    as_helexa_error,
+    error_response,
+    status_of,
+)
 from .request_record import RequestRecord
 from .served_model import RETRY_AFTER_SECONDS, ServedModel, ServedModels
 from .wire.frame import Call, Frame, Projection, Wire, decode
@@ -239,7 +247,8 @@ async def ready(request: Request) -> Response:
         if model.engine is None
     ]
     if loading:
-        raise ServiceUnavailable(f"still loading: {', '.join(loading)}", RETRY_AFTER_SECONDS)
+        # Returned, not raised: a supervisor that polls is no rejected request to log.
+        return error_response(ServiceUnavailable(f"still loading: {', '.join(loading)}", RETRY_AFTER_SECONDS))
     return json_response({"status": "ready"})
 
 
