@@ -1,8 +1,8 @@
 """float32 to block formats: the numpy reference quantisers.
 
 Except for Q8_0 (the format's plain definition), a quantiser tries a range of scales for each group of values, fits the
-scale to the resulting integers by least squares, and keeps what has the smallest squared error. The naive choice is among
-the candidates, so the error is never larger than the naive one's.
+scale to the resulting integers by least squares, and keeps what has the smallest squared error. At the end each block is
+compared with its naive encoding and the better one stays.
 
 Blocks of 256 store the scales of their groups as small integers times one float; groups are fitted first, then the scales
 are rounded and the integers chosen again for the rounded scales.
@@ -91,48 +91,48 @@ def _squared_error(x: FloatArray, approximation: FloatArray) -> FloatArray:
 
 
 def _fit_scale(x: FloatArray, naive: FloatArray, nearest: Callable[[FloatArray, FloatArray], FloatArray]) -> FloatArray:
-    """[..., k] values and the naive scale [...] -> the best scale [...] for ``nearest(x, scale)`` as integers."""
-    best = naive
-    best_error = _squared_error(x, naive[..., None] * nearest(x, naive))
+    """[..., k] values and the naive scale [...] -> the best scale [...] for ``nearest(x, scale)`` as integers.
+
+    For integers q the best scale is x.q / q.q, and the squared error is then x.x - (x.q)^2 / q.q.
+    """
+    best, best_gain = naive, np.full(naive.shape, -1, dtype=np.float32)
     for step in _STEPS:
         q = nearest(x, naive * (1 + step))
-        scale = _divide(_dot(x, q), _dot(q, q))
-        error = _squared_error(x, scale[..., None] * nearest(x, scale))
-        better = error < best_error
-        best, best_error = np.where(better, scale, best), np.where(better, error, best_error)
+        product, square = _dot(x, q), _dot(q, q)
+        scale = _divide(product, square)
+        gain = product * scale
+        better = gain > best_gain
+        best, best_gain = np.where(better, scale, best), np.where(better, gain, best_gain)
     return best
 
 
 def _fit_scale_and_minimum(x: FloatArray, high: int, *, negative_only: bool) -> tuple[FloatArray, FloatArray]:
     """x ~ scale * q - minimum with q in 0..high -> (scale, minimum), each [...].
 
-    ``negative_only``: the format stores ``minimum`` as a number not below zero.
+    For integers q the best line is the regression of x on q. ``negative_only``: the format stores ``minimum`` as a number
+    not below zero; where the regression wants another, the best line goes through zero.
     """
-
-    def rounded(scale: FloatArray, minimum: FloatArray) -> FloatArray:
-        return _integers(x + minimum[..., None], scale, 0, high)
-
-    minimum = -x.min(axis=-1)
-    if negative_only:
-        minimum = np.maximum(minimum, 0)
-    scale = ((x.max(axis=-1) + minimum) / high).astype(np.float32)
-    naive = scale
-    best = (scale, minimum)
-    best_error = _squared_error(x, scale[..., None] * rounded(scale, minimum) - minimum[..., None])
-    mean_x = x.mean(axis=-1)
+    lowest = np.minimum(x.min(axis=-1), 0) if negative_only else x.min(axis=-1)
+    naive = ((x.max(axis=-1) - lowest) / np.float32(high)).astype(np.float32)
+    raised = x - lowest[..., None]
+    mean_x, square_x, k = x.mean(axis=-1), _dot(x, x), np.float32(x.shape[-1])
+    best = (naive, -lowest)
+    best_error = np.full(naive.shape, np.inf, dtype=np.float32)
     for step in _STEPS:
-        q = rounded(naive * (1 + step), best[1])
-        mean_q = q.mean(axis=-1)
-        centred = q - mean_q[..., None]
-        slope = _divide(_dot(x, centred), _dot(centred, centred))
-        offset = slope * mean_q - mean_x
-        if negative_only:  # without an offset the best line goes through zero
-            through_zero = _divide(_dot(x, q), _dot(q, q))
-            slope, offset = np.where(offset < 0, through_zero, slope), np.maximum(offset, 0)
-        slope = np.maximum(slope, 0)
-        error = _squared_error(x, slope[..., None] * rounded(slope, offset) - offset[..., None])
+        q = _integers(raised, naive * (1 + step), 0, high)
+        mean_q, square_q, product = q.mean(axis=-1), _dot(q, q), _dot(x, q)
+        covariance = product - k * mean_x * mean_q
+        slope = np.maximum(_divide(covariance, square_q - k * mean_q * mean_q), 0)
+        minimum = slope * mean_q - mean_x
+        error = square_x - k * mean_x * mean_x - slope * covariance
+        if negative_only:
+            through_zero = np.maximum(_divide(product, square_q), 0)
+            clamped = minimum < 0
+            slope = np.where(clamped, through_zero, slope)
+            minimum = np.maximum(minimum, 0)
+            error = np.where(clamped, square_x - through_zero * product, error)
         better = error < best_error
-        best = (np.where(better, slope, best[0]), np.where(better, offset, best[1]))
+        best = (np.where(better, slope, best[0]), np.where(better, minimum, best[1]))
         best_error = np.where(better, error, best_error)
     return best
 
