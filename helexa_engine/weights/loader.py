@@ -97,10 +97,13 @@ def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType
     mix = mixes.by_name(quant)
     if mix is None:
         raise InvalidRequest("quant", f"expected one of {', '.join(mixes.MIXES)}; got {quant!r}")
+    matrices = [raw for raw in checkpoint.tensors if len(raw.shape) == 2]
+    if not any(raw.quant_type.is_float for raw in matrices):
+        raise InvalidRequest("quant", "the weights are quantised already; load the file as it is, without quant")
     config = checkpoint.config
     changed = {}
-    for raw in checkpoint.tensors:
-        if raw.quant_type.is_float and len(raw.shape) == 2:
+    for raw in matrices:
+        if raw.quant_type.is_float:
             target = mixes.quant_type_for(
                 mix,
                 raw.name,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helexa_engine.errors import InvalidRequest, UnsupportedCheckpoint
+from helexa_engine.presets import write_preset_gguf
 from helexa_engine.quant import mixes, types
 from helexa_engine.quant.dequantize import dequantize
 from helexa_engine.weights import loader
@@ -81,3 +82,10 @@ def test_nan_is_not_quantised_in_silence(hf_folder: Path, tmp_path: Path) -> Non
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(UnsupportedCheckpoint, match=f"{name}.*NaN"):
         loader.load(Everything(checkpoint), checkpoint, quant="Q8_0")
+
+
+def test_what_is_quantised_already_is_not_quantised_again(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_preset_gguf(path, "qwen3-tiny", "Q4_K_M")
+    with pytest.raises(InvalidRequest, match="quant: the weights are quantised already"):
+        loader.required_bytes(open_checkpoint(path), quant="Q8_0")
