@@ -10,11 +10,10 @@ Source of the shapes: the ``config.json`` of each published Qwen3 model.
 from __future__ import annotations
 
 import math
-import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidRequest
-from .quant import dequantize, types
+from .quant import dequantize, mixes, types
+from .quant.mixes import Mix
 from .quant.types import QuantType
+from .weights import gguf_names
+from .weights.gguf_writer import GGUFWriter
 
 _CHUNK_VALUES = 1 << 23
 
@@ -138,8 +140,8 @@ class Tensor:
         return self.quant_type.row_bytes(self.shape[-1]) * math.prod(self.shape[:-1])
 
 
-def tensors(shape: Preset, quant: str) -> list[Tensor]:
-    """All tensors of the model in the types that ``quant`` gives them."""
+def tensors(shape: Preset, mix: Mix) -> list[Tensor]:
+    """All tensors of the model in the types that ``mix`` gives them."""
     hidden, feed_forward = shape.hidden_size, shape.intermediate_size
     q_size, kv_size = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     layer = {
@@ -163,53 +165,21 @@ def tensors(shape: Preset, quant: str) -> list[Tensor]:
         shapes["output.weight"] = (shape.vocab_size, hidden)
     for i in range(shape.num_hidden_layers):
         shapes |= {f"blk.{i}.{stem}.weight": dims for stem, dims in layer.items()}
-    chosen = _types(shape, shapes, quant)
-    return [Tensor(name, dims, chosen[name], is_norm=len(dims) == 1) for name, dims in shapes.items()]
+    gqa_ratio = shape.num_attention_heads // shape.num_key_value_heads
 
+    def quant_type(name: str, dims: tuple[int, ...]) -> QuantType:
+        hf_name = gguf_names.hf_name(name)
+        assert hf_name is not None
+        return mixes.quant_type_for(
+            mix,
+            hf_name,
+            dims,
+            num_layers=shape.num_hidden_layers,
+            gqa_ratio=gqa_ratio,
+            tied=shape.tie_word_embeddings,
+        )
 
-def _types(shape: Preset, shapes: dict[str, tuple[int, ...]], quant: str) -> dict[str, QuantType]:
-    """Tensor name -> type, as llama.cpp's quantiser mixes them (norms stay float32)."""
-    if quant not in _MIXES:
-        raise InvalidRequest("quant", f"presets are written in {', '.join(_MIXES)}; got {quant!r}")
-    base, raised, head = _MIXES[quant]
-    chosen = {}
-    for name, dims in shapes.items():
-        layer, stem = _layer_and_stem(name)
-        if len(dims) == 1:
-            kind = types.F32
-        elif stem == "output" or (stem == "token_embd" and shape.tie_word_embeddings):
-            kind = head
-        elif stem in ("attn_v", "ffn_down") and _more_bits(layer, shape.num_hidden_layers):
-            kind = raised
-        else:
-            kind = base
-        chosen[name] = kind
-    return chosen
-
-
-#: mix -> (base type, type of attn_v and ffn_down in every layer that gets more bits, type of the head).
-_MIXES = {
-    "F32": (types.F32, types.F32, types.F32),
-    "F16": (types.F16, types.F16, types.F16),
-    "BF16": (types.BF16, types.BF16, types.BF16),
-    "Q8_0": (types.Q8_0, types.Q8_0, types.Q8_0),
-    "Q6_K": (types.Q6_K, types.Q6_K, types.Q6_K),
-    "Q5_K_M": (types.Q5_K, types.Q6_K, types.Q6_K),
-    "Q4_K_M": (types.Q4_K, types.Q6_K, types.Q6_K),
-    "Q4_0": (types.Q4_0, types.Q4_0, types.Q4_0),
-    "IQ4_XS": (types.IQ4_XS, types.IQ4_XS, types.Q6_K),
-}
-
-
-def _layer_and_stem(name: str) -> tuple[int, str]:
-    parts = name.split(".")
-    return (int(parts[1]), parts[2]) if parts[0] == "blk" else (0, parts[0])
-
-
-def _more_bits(layer: int, num_layers: int) -> bool:
-    """The layers whose error costs most: the first and last eighth, and every third between."""
-    eighth = num_layers // 8
-    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+    return [Tensor(name, dims, quant_type(name, dims), is_norm=len(dims) == 1) for name, dims in shapes.items()]
 
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -228,7 +198,7 @@ def _byte_tokens() -> list[str]:
     return [chr(byte) if byte in kept else chr(next(moved)) for byte in range(256)]
 
 
-def _metadata(name: str, shape: Preset) -> dict[str, Any]:
+def _metadata(name: str, shape: Preset, mix: Mix) -> dict[str, Any]:
     """The file's metadata: hyperparameters, and a byte-level tokenizer padded to the vocabulary."""
     by_bytes = _byte_tokens()
     padding = shape.vocab_size - len(by_bytes) - len(_SPECIAL_TOKENS) - 1
@@ -238,6 +208,7 @@ def _metadata(name: str, shape: Preset) -> dict[str, Any]:
     return {
         "general.architecture": "qwen3",
         "general.name": f"{name} with random weights",
+        "general.file_type": mix.file_type,
         "qwen3.block_count": shape.num_hidden_layers,
         "qwen3.context_length": shape.max_position_embeddings,
         "qwen3.embedding_length": shape.hidden_size,
@@ -260,50 +231,6 @@ def _metadata(name: str, shape: Preset) -> dict[str, Any]:
     }
 
 
-# GGUF value types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
-_ALIGNMENT = 32
-
-
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _value(value: Any) -> tuple[int, bytes]:
-    """(GGUF value type, its bytes)."""
-    if isinstance(value, bool):
-        return _BOOL, struct.pack("<?", value)
-    if isinstance(value, int):
-        return _UINT32, struct.pack("<I", value)
-    if isinstance(value, float):
-        return _FLOAT32, struct.pack("<f", value)
-    if isinstance(value, str):
-        return _STRING, _string(value)
-    if isinstance(value[0], str):
-        return _ARRAY, struct.pack("<IQ", _STRING, len(value)) + b"".join(map(_string, value))
-    return _ARRAY, struct.pack("<IQ", _INT32, len(value)) + np.asarray(value, "<i4").tobytes()
-
-
-def _header(metadata: dict[str, Any], listed: list[Tensor]) -> bytes:
-    """Everything ahead of the tensors' bytes, padded to the alignment."""
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(listed), len(metadata))]
-    for key, value in metadata.items():
-        kind, raw = _value(value)
-        parts += [_string(key), struct.pack("<I", kind), raw]
-    offset = 0
-    for tensor in listed:
-        parts += [
-            _string(tensor.name),
-            struct.pack("<I", len(tensor.shape)),
-            struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape[::-1]),
-        ]
-        parts.append(struct.pack("<IQ", tensor.quant_type.number, offset))
-        offset += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
-    header = b"".join(parts)
-    return header + bytes(-len(header) % _ALIGNMENT)
-
-
 def write_preset_gguf(
     path: Path, name: str, quant: str, *, seed: int = 0, progress: Callable[[float], None] | None = None
 ) -> None:
@@ -313,25 +240,25 @@ def write_preset_gguf(
     is complete. ``progress`` is told the share written, 0 to 1.
 
     Raises:
-        InvalidRequest: no such preset, or a mix that presets are not written in.
+        InvalidRequest: no such preset or no such mix.
     """
-    shape = preset(name)
-    listed = tensors(shape, quant.upper())
+    shape, mix = preset(name), mixes.by_name(quant)
+    if mix is None:
+        raise InvalidRequest("quant", f"expected one of {', '.join(mixes.MIXES)}; got {quant!r}")
+    listed = tensors(shape, mix)
     total, written = sum(tensor.nbytes for tensor in listed), 0
-    partial = path.with_name(f"{path.name}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(_metadata(name, shape), listed))
-            for tensor in listed:
-                for piece in _pieces(tensor, seed):
-                    file.write(piece.data)
-                    written += piece.nbytes
-                    if progress is not None:
-                        progress(written / total)
-                file.write(bytes(-tensor.nbytes % _ALIGNMENT))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    def pieces(tensor: Tensor) -> Iterator[npt.NDArray[np.uint8]]:
+        nonlocal written
+        for piece in _pieces(tensor, seed):
+            yield piece
+            written += piece.nbytes
+            if progress is not None:
+                progress(written / total)
+
+    with GGUFWriter(path, _metadata(name, shape, mix)) as writer:
+        for tensor in listed:
+            writer.add_tensor(tensor.name, tensor.quant_type, tensor.shape, partial(pieces, tensor))
 
 
 def _pieces(tensor: Tensor, seed: int) -> Iterator[npt.NDArray[np.uint8]]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from helexa_engine.errors import InvalidRequest
-from helexa_engine.presets import _MIXES, PRESETS, preset, random_values, tensors, write_preset_gguf
-from helexa_engine.quant import types
+from helexa_engine.presets import PRESETS, preset, random_values, tensors, write_preset_gguf
+from helexa_engine.quant import mixes, types
 from helexa_engine.quant.dequantize import dequantize
 
 #: Parameters that the model cards state, in billions, embeddings included.
@@ -24,7 +24,9 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(("name", "billions"), PARAMETERS.items())
 def test_shapes_have_the_published_size(name: str, billions: float) -> None:
-    assert sum(int(np.prod(t.shape)) for t in tensors(preset(name), "Q8_0")) / 1e9 == pytest.approx(billions, rel=0.02)
+    assert sum(int(np.prod(t.shape)) for t in tensors(preset(name), mixes.MIXES["Q8_0"])) / 1e9 == pytest.approx(
+        billions, rel=0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_random_values_have_the_size_asked_for(quant_type: types.QuantType) -> N
     assert len(np.unique(raw)) > 60
 
 
-@pytest.mark.parametrize("quant", _MIXES)
+@pytest.mark.parametrize("quant", mixes.MIXES)
 def test_the_file_is_what_another_reader_expects(tmp_path: Path, quant: str) -> None:
     path = tmp_path / "tiny.gguf"
     fractions: list[float] = []
@@ -64,12 +66,12 @@ def test_the_file_is_what_another_reader_expects(tmp_path: Path, quant: str) -> 
 
 
 def test_q4_k_m_mixes_as_the_published_files_do() -> None:
-    kinds = {t.name: t.quant_type.name for t in tensors(preset("qwen3-0.6b"), "Q4_K_M")}
+    kinds = {t.name: t.quant_type.name for t in tensors(preset("qwen3-0.6b"), mixes.MIXES["Q4_K_M"])}
     assert kinds["token_embd.weight"] == "Q6_K" and kinds["blk.0.attn_q.weight"] == "Q4_K"
     raised = [i for i in range(28) if kinds[f"blk.{i}.ffn_down.weight"] == "Q6_K"]
     assert raised == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
     assert raised == [i for i in range(28) if kinds[f"blk.{i}.attn_v.weight"] == "Q6_K"]
-    untied = {t.name: t.quant_type.name for t in tensors(preset("qwen3-8b"), "Q4_K_M")}
+    untied = {t.name: t.quant_type.name for t in tensors(preset("qwen3-8b"), mixes.MIXES["Q4_K_M"])}
     assert (untied["token_embd.weight"], untied["output.weight"]) == ("Q4_K", "Q6_K")
 
 
@@ -82,6 +84,6 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "quant"), [("qwen9", "Q8_0"), ("qwen3-tiny", "Q9_9")])
 def test_unknown_names_are_refused(tmp_path: Path, name: str, quant: str) -> None:
-    with pytest.raises(InvalidRequest, match="expected one of|written in"):
+    with pytest.raises(InvalidRequest, match="expected one of"):
         write_preset_gguf(tmp_path / "x", name, quant)
     assert list(tmp_path.iterdir()) == []

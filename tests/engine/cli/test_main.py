@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ HEAVY = ("torch", "numpy", "rich", "starlette", "uvicorn", "jinja2", "tokenizers
 
 def test_help_imports_nothing_heavy_and_is_quick() -> None:
     program = (
-        "import sys, time; started = time.perf_counter()\n"
+        "import sys, time\n"
         "from helexa_engine.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        f"print(time.perf_counter() - started, [m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+        f"print(time.process_time(), [m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
     )
     seconds = []
     for _ in range(3):
@@ -29,13 +28,12 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
         assert loaded == "[]"
         assert all(name in done.stdout for name in COMMANDS)
         seconds.append(float(elapsed))
-    assert min(seconds) < 0.2  # the best of three: other work on the machine is not ours to measure
+    assert min(seconds) < 0.2  # processor time of the whole process: others on the machine are not ours to measure
 
 
 def test_running_as_a_module_is_the_command() -> None:
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "helexa_engine", "--version"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("helexa "), (done, time.perf_counter() - started)
+    assert done.returncode == 0 and done.stdout.startswith("helexa ")
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["run"], ["run", "--no-such-flag", "x"], ["completion", "tcsh"]])
