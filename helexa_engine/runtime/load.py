@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..text.request_processor import RequestProcessor
 from ..text.tokenizer import Tokenizer
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
+from ..weights.loader import required_bytes
 from .engine import LOGITS_ROWS, Engine, EngineRequest
 from .engine_thread import EngineThread
 from .memory import MemoryPlan, available_bytes, plan
@@ -112,10 +112,6 @@ class LoadedModel:
 
 def load_model(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
     """Loads a model and starts its engine. Blocks; see :class:`helexa_engine.LLM` for arguments and errors."""
-    if config.quant is not None:
-        raise InvalidRequest(
-            "quant", "quantising while loading is not built yet; load a GGUF file of the type you want"
-        )
     if config.num_threads is not None and (core := native_core()) is not None:
         core.set_num_threads(config.num_threads)
     path = resolve_model(model)
@@ -125,12 +121,12 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         build = model_class(checkpoint.architecture, checkpoint.where)
         model_config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
         specs = build.cache_specs(model_config, _kv_dtype(config, checkpoint))
-        weight_bytes = _weight_bytes(checkpoint, config.dtype)
+        weight_bytes = required_bytes(checkpoint, dtype=config.dtype, quant=config.quant)
         memory = plan_memory(model_config, specs, config, weight_bytes)
         log.info("%s: %s", path.name, memory)
         processor = _request_processor(checkpoint, model_config.vocab_size)
         net = build(model_config, memory.max_model_len)
-        load_weights(net, checkpoint, dtype=config.dtype, progress=report)
+        load_weights(net, checkpoint, dtype=config.dtype, quant=config.quant, progress=report)
     engine = build_engine(net, specs, memory, config, model_config.vocab_size)
     info = ModelInfo(
         name="demo" if model == "demo" else path.stem if path.suffix == ".gguf" else path.resolve().name,
@@ -161,25 +157,12 @@ def _kv_dtype(config: EngineConfig, checkpoint: Checkpoint) -> KvDtype:
     """``auto`` is float32 where the matrices are float32, else float16."""
     if config.kv_dtype != "auto":
         return config.kv_dtype
+    if config.quant is not None:
+        return "float16"
     if config.dtype != "auto":
         return "float32" if config.dtype == "float32" else "float16"
     matrices = [tensor for tensor in checkpoint.tensors if len(tensor.shape) > 1]
     return "float32" if all(t.quant_type is types.F32 for t in matrices) else "float16"
-
-
-def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes of the weights once loaded: as in the file, or converted; vectors are float32 always."""
-    converted = {"float32": 4, "float16": 2, "bfloat16": 2}.get(dtype)
-    total = 0
-    for tensor in checkpoint.tensors:
-        count = math.prod(tensor.shape)
-        if len(tensor.shape) == 1:
-            total += 4 * count
-        elif converted is not None and tensor.quant_type.is_float:
-            total += converted * count
-        else:
-            total += tensor.nbytes
-    return total
 
 
 def build_engine(

@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 
+from ..quant import types
+from ..quant.quantize import quantize
+from ..quant.types import QuantType
+from ..weights.gguf_names import gguf_name
+from ..weights.gguf_writer import GGUFWriter
+
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
@@ -128,3 +134,49 @@ def write_qwen3_folder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     (folder / "generation_config.json").write_text(json.dumps(generation))
     save_file(qwen3_tensors(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def write_gguf(folder: Path, path: Path, quant_type: QuantType = types.F32) -> Path:
+    """The model of a folder that :func:`write_qwen3_folder` wrote, as a GGUF file with its matrices in ``quant_type``."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = {token["content"]: token for token in tokenizer["added_tokens"]}
+    ids = tokenizer["model"]["vocab"] | {content: token["id"] for content, token in added.items()}
+    tokens = sorted(ids, key=ids.__getitem__)
+    normal, control, user_defined = 1, 3, 4  # tokenizer.ggml.token_type
+    kinds = [normal if t not in added else control if added[t]["special"] else user_defined for t in tokens]
+    metadata = {
+        "general.architecture": "qwen3",
+        "general.name": "tiny",
+        "qwen3.block_count": config["num_hidden_layers"],
+        "qwen3.context_length": config["max_position_embeddings"],
+        "qwen3.embedding_length": config["hidden_size"],
+        "qwen3.feed_forward_length": config["intermediate_size"],
+        "qwen3.attention.head_count": config["num_attention_heads"],
+        "qwen3.attention.head_count_kv": config["num_key_value_heads"],
+        "qwen3.attention.key_length": config["head_dim"],
+        "qwen3.attention.value_length": config["head_dim"],
+        "qwen3.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "qwen3.rope.freq_base": float(config["rope_theta"]),
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]],
+        "tokenizer.ggml.eos_token_id": ids["<|im_end|>"],
+        "tokenizer.ggml.padding_token_id": ids["<|endoftext|>"],
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+        "general.sampling.temp": 0.0,
+    }
+    with GGUFWriter(path, metadata) as writer:
+        for hf_name, tensor in load_file(folder / "model.safetensors").items():
+            name, values = gguf_name(hf_name), tensor.float().numpy()
+            assert name is not None
+            if values.ndim == 1 or quant_type is types.F32:
+                writer.add_tensor(name, types.F32, values.shape, values)
+            else:
+                writer.add_tensor(name, quant_type, values.shape, quantize(values, quant_type))
+    return path

@@ -1,0 +1,126 @@
+"""Equalities that are the contract, over the whole engine with a real (tiny) Qwen3.
+
+Tokens are compared exactly. Log probabilities are compared bit for bit where the native core computes them, whose rows do not
+depend on what is computed beside them; the plain PyTorch twins only promise float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helexa_engine import LLM, GenerationResult, SamplingParams
+from helexa_engine.ops.registry import native_core
+from helexa_engine.quant import types
+from helexa_engine.testing.checkpoints import write_gguf, write_qwen3_folder
+from helexa_engine.testing.compare import assert_close
+
+NATIVE = hasattr(native_core(), "quant_matmul")
+TOLERANCE = 0.0 if NATIVE else 2e-5
+KV_DTYPE: Any = "auto" if NATIVE else "float32"  # float16 pages would amplify the twins' rounding
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen3_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module", params=["safetensors", "Q8_0"])
+def model(request: pytest.FixtureRequest, folder: Path) -> Path:
+    if request.param == "safetensors":
+        return folder
+    return write_gguf(folder, folder.parent / "tiny-Q8_0.gguf", types.Q8_0)
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(model, kv_dtype=KV_DTYPE, max_model_len=512, max_num_seqs=6, max_num_batched_tokens=2048) as loaded:
+        yield loaded
+
+
+def params(**fields: Any) -> SamplingParams:
+    fields = {"temperature": 1.0, "seed": 5, "max_tokens": 10, "ignore_eos": True, "logprobs": 2} | fields
+    return SamplingParams(**fields)
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(0, 390, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def assert_same(got: GenerationResult, expected: GenerationResult) -> None:
+    assert got.token_ids == expected.token_ids
+    for which in ("logprobs", "prompt_logprobs"):
+        rows = [
+            [entry.logprob for entry in getattr(result, which) or () if entry.logprob is not None]
+            for result in (got, expected)
+        ]
+        assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), atol=TOLERANCE, what=which)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 191, 193, 320])
+def test_chunked_prefill_equals_whole_prefill_at_every_border(llm: LLM, model: Path, length: int) -> None:
+    whole = llm.generate(prompt(length), params(prompt_logprobs=0))
+    with LLM(model, kv_dtype=KV_DTYPE, max_model_len=512, max_num_seqs=1, max_num_batched_tokens=64) as chunked:
+        result = chunked.generate(prompt(length), params(prompt_logprobs=0))
+        assert chunked.stats().steps_total == -(-length // 64) + 9
+    assert_same(result, whole)
+
+
+def test_batch_of_many_equals_each_alone(llm: LLM) -> None:
+    prompts = [prompt(length) for length in (1, 5, 63, 64, 65, 100, 130, 200)]
+    settings = [params(seed=i, max_tokens=4 + 2 * i, top_k=20 * (i % 2)) for i in range(len(prompts))]
+    together = llm.generate(prompts, settings)
+    for p, s, result in zip(prompts, settings, together, strict=True):
+        assert_same(llm.generate(p, s), result)
+
+
+def test_preempted_equals_undisturbed(llm: LLM, model: Path) -> None:
+    prompts, settings = [prompt(60 + i) for i in range(3)], params(max_tokens=80)
+    with LLM(model, kv_dtype=KV_DTYPE, max_model_len=192, max_num_seqs=3) as tight:
+        pool = tight._loaded.thread._engine.scheduler.pool
+        pool.allocate(pool.num_free - 3)  # leaves enough for one sequence of full length, not for three
+        results = tight.generate(prompts, settings)
+        assert tight.stats().preemptions_total > 0
+    for result, undisturbed in zip(results, llm.generate(prompts, settings), strict=True):
+        assert_same(result, undisturbed)
+
+
+def test_abort_frees_every_page(llm: LLM) -> None:
+    for num_events in range(4):
+        streams = [llm.stream(prompt(length), params(max_tokens=300, n=2)) for length in (10, 150, 400)]
+        for events in streams:
+            for _ in range(num_events):
+                next(events)
+        for events in streams:
+            events.close()  # type: ignore[attr-defined]
+    llm.generate("x", params(max_tokens=1))
+    stats = llm.stats()
+    assert (stats.kv_pages_used, stats.num_running, stats.num_waiting) == (0, 0, 0)
+
+
+def test_gguf_equals_safetensors(folder: Path, tmp_path: Path) -> None:
+    path = write_gguf(folder, tmp_path / "tiny-F32.gguf")
+    text = "The quick brown fox jumps over the lazy dog. " * 8
+    with LLM(folder) as theirs, LLM(path) as ours:
+        ids = theirs.tokenizer.encode(text)
+        assert ours.tokenizer.encode(text) == ids
+        assert torch.equal(ours.logits(ids), theirs.logits(ids))
+        messages = [{"role": "user", "content": "Hello fox"}]
+        settings = SamplingParams(max_tokens=32, ignore_eos=True)
+        a, b = ours.chat(messages, settings), theirs.chat(messages, settings)
+        assert (a.prompt_token_ids, a.token_ids) == (b.prompt_token_ids, b.token_ids)
+        assert ours.tokenizer.eos_token_ids == theirs.tokenizer.eos_token_ids
+
+
+@pytest.mark.parametrize(("mix", "bound"), [("Q8_0", 1e-3), ("Q4_K_M", 5e-2)])
+def test_quantising_on_loading_stays_near_the_original(folder: Path, mix: str, bound: float) -> None:
+    ids = prompt(100)
+    with LLM(folder) as exact, LLM(folder, quant=mix) as quantised:
+        truth, logits = exact.logits(ids).double(), quantised.logits(ids).double()
+        assert quantised.model_info.weight_bytes < exact.model_info.weight_bytes / 2
+    error = float((logits - truth).square().mean() / truth.var())
+    assert 0 < error < bound
