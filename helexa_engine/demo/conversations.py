@@ -21,14 +21,14 @@ Message = dict[str, Any]
 
 #: Share of the training conversations that each skill leads.
 SKILLS: dict[str, float] = {
-    "helexa": 0.22,
-    "recall": 0.17,
-    "arithmetic": 0.18,
-    "tool_call": 0.10,
+    "helexa": 0.08,
+    "recall": 0.24,
+    "arithmetic": 0.15,
+    "tool_call": 0.16,
     "tool_answer": 0.08,
-    "thinking": 0.10,
-    "json": 0.08,
-    "chat": 0.07,
+    "thinking": 0.12,
+    "json": 0.14,
+    "chat": 0.03,
 }
 
 UNKNOWN = "I am a small demo model, so I do not know that. Ask me about helexa, or give me the facts."
@@ -161,15 +161,20 @@ class _Writer:
         return is_held_out(*facts) == (self.split == "held_out")
 
     def words(self, kind: str, n: int) -> list[str]:
-        """Different words of a kind."""
-        chosen = self.rng.sample((SEEN if self.split == "train" else UNSEEN)[kind], n)
+        """Different words of a kind, real or made up: a model that sees only a list learns the list, not to copy."""
+        chosen: list[str] = []
+        while len(chosen) < n:
+            if self.chance(0.5):
+                word = str(self.choose((SEEN if self.split == "train" else UNSEEN)[kind]))
+            else:
+                word = str(self.drawn(lambda: self.made_up().lower() + ("s" if kind == "fruit" else "")))
+            if word not in chosen:
+                chosen.append(word)
         self.unseen += chosen
         return chosen
 
     def word(self, kind: str) -> str:
-        word = str(self.choose((SEEN if self.split == "train" else UNSEEN)[kind]))
-        self.unseen.append(word)
-        return word
+        return self.words(kind, 1)[0]
 
     def choose(self, options: Sequence[Any]) -> Any:
         return self.rng.choice(options)
@@ -187,7 +192,7 @@ class _Writer:
 
     def made_up(self) -> str:
         syllables = (
-            self.choose(ONSETS) + self.choose(VOWELS) + self.choose(CODAS) for _ in range(self.rng.randint(2, 3))
+            self.choose(ONSETS) + self.choose(VOWELS) + self.choose(CODAS) for _ in range(self.choose([2, 2, 2, 3]))
         )
         return "".join(syllables).capitalize()
 
@@ -493,64 +498,66 @@ LIMIT = 50
 
 
 def _problem(w: _Writer) -> tuple[int, str, int, int]:
-    """(a, "+" or "-", b, result). A sum and its mirror image are on the same side of the split."""
+    """(a, "+" or "-", b, result). A sum and its mirror image are on the same side of the split; single digits are for training."""
     while True:
         a, b = w.rng.randint(0, LIMIT), w.rng.randint(0, LIMIT)
         operator = w.choose("+-")
         if operator == "-" and b > a:
             a, b = b, a
-        if w.belongs(operator, max(a, b), min(a, b)):
+        held_out = max(a, b) > 9 and is_held_out(operator, max(a, b), min(a, b))
+        if held_out == (w.split == "held_out"):
             w.unseen.append("")
             return a, operator, b, a + b if operator == "+" else a - b
 
 
 def _working(a: int, operator: str, b: int) -> str:
-    """Column by column, as on paper."""
+    """Column by column, as on paper; nothing for single digits."""
+    if max(a, b) < 10:
+        return ""
     if operator == "+":
-        units = a % 10 + b % 10
-        carry = units // 10
-        return (
-            f"Ones: {a % 10} + {b % 10} = {units}. Tens: {a // 10} + {b // 10} + {carry} = {a // 10 + b // 10 + carry}. "
-            f"So {a} + {b} = {a + b}."
-        )
+        ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+        tens = a // 10 + b // 10 + carry
+        return f"Ones: {a % 10} + {b % 10} = {ones}. Tens: {a // 10} + {b // 10} + {carry} = {tens}."
     borrow = int(a % 10 < b % 10)
-    units = a % 10 + 10 * borrow
-    return (
-        f"Ones: {units} - {b % 10} = {units - b % 10}. Tens: {a // 10} - {b // 10} - {borrow} = {a // 10 - b // 10 - borrow}. "
-        f"So {a} - {b} = {a - b}."
-    )
+    ones = a % 10 + 10 * borrow
+    tens = a // 10 - b // 10 - borrow
+    return f"Ones: {ones} - {b % 10} = {ones - b % 10}. Tens: {a // 10} - {b // 10} - {borrow} = {tens}."
 
 
 def _arithmetic(w: _Writer, thinking: bool = False) -> Sample:
+    """A sum or a difference, worked out in the answer or, when thinking, in the think block."""
     messages: list[Message] = []
-    for _ in range(w.choose([0, 0, 1, 2, 3, 4]) if w.split == "train" and not thinking else 0):
-        question, answer, _ = _arithmetic_turn(w)
-        messages += [_user(question), _assistant(answer)]
-    question, answer, reasoning = _arithmetic_turn(w)
-    return _sample(w, "arithmetic", [*messages, _user(question)], answer, reasoning if thinking else "")
+    for _ in range(w.choose([0, 0, 0, 1, 2]) if w.split == "train" and not thinking else 0):
+        question, working, answer = _arithmetic_turn(w)
+        messages += [_user(question), _assistant(f"{working} {answer}".strip())]
+    question, working, answer = _arithmetic_turn(w)
+    messages.append(_user(question))
+    if thinking:
+        return _sample(w, "arithmetic", messages, answer, working or "Both are single digits.")
+    return _sample(w, "arithmetic", messages, f"{working} {answer}".strip())
 
 
 def _arithmetic_turn(w: _Writer) -> tuple[str, str, str]:
+    """(question, working, answer)"""
     a, operator, b, result = _problem(w)
     working = _working(a, operator, b)
-    equation = f"{a} {operator} {b} = {result}"
     if w.chance(0.2):
         thing, other = w.word("fruit"), w.name()
         if operator == "+":
-            story = w.choose(
+            question, who = w.choose(
                 [
                     (f"I have {a} {thing} and get {b} more. How many {thing} do I have?", "you have"),
                     (f"{other} has {a} {thing} and buys {b} more. How many {thing} does {other} have?", f"{other} has"),
                 ]
             )
         else:
-            story = w.choose(
+            question, who = w.choose(
                 [
                     (f"I have {a} {thing} and give away {b}. How many {thing} do I have left?", "you have"),
                     (f"{other} has {a} {thing} and loses {b}. How many {thing} does {other} have?", f"{other} has"),
                 ]
             )
-        return story[0], f"{equation}, so {story[1]} {result} {thing}.", working
+        return question, working, f"So {who} {result} {thing}."
     word = "plus" if operator == "+" else "minus"
     forms = [
         f"What is {a} {operator} {b}?",
@@ -564,7 +571,7 @@ def _arithmetic_turn(w: _Writer) -> tuple[str, str, str]:
         f"{a}{operator}{b}",
         f"Add {a} and {b}." if operator == "+" else f"Subtract {b} from {a}.",
     ]
-    return w.casual(w.choose(forms)), equation + ".", working
+    return w.casual(w.choose(forms)), working, f"{'So ' if working else ''}{a} {operator} {b} = {result}."
 
 
 # Tools
@@ -793,7 +800,10 @@ def _definition(w: _Writer, tool: _Tool) -> dict[str, Any]:
     for names, kind, description in tool.parameters:
         name = w.choose([n for n in names if n not in properties])
         properties[name] = {"type": kind, "description": description} if described else {"type": kind}
-    function: dict[str, Any] = {"name": w.choose(tool.names), "description": w.choose(tool.descriptions)}
+    tool_name = w.choose(tool.names)
+    if w.chance(0.25):
+        tool_name = f"{w.made_up().lower()}_{tool_name}"
+    function: dict[str, Any] = {"name": tool_name, "description": w.choose(tool.descriptions)}
     function["parameters"] = {"type": "object", "properties": properties, "required": list(properties)}
     return {"type": "function", "function": function}
 
@@ -1042,7 +1052,8 @@ def _chat(w: _Writer, thinking: bool = False) -> Sample:
     kind = w.rng.random()
     if kind < 0.5:
         questions, answer, reasoning = w.choose(SMALL_TALK)
-        own = [q for q in questions if w.belongs(q)]
+        # One word cannot be guessed from others, so those are always trained on.
+        own = [q for q in questions if (is_held_out(q) and " " in q) == (w.split == "held_out")]
         if own:
             w.unseen += own
             return _sample(w, "chat", [_user(w.choose(own))], answer, reasoning if thinking else "")

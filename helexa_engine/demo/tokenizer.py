@@ -24,7 +24,7 @@ MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PROMPT_WEIGHT = 0.1  #: loss weight of tokens that the model only reads
+PROMPT_WEIGHT = 0.02  #: loss weight of tokens that the model only reads
 
 
 @cache

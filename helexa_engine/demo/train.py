@@ -12,6 +12,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -249,6 +251,8 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=100, help="steps between held-out losses [100]")
     parser.add_argument("--resume", type=Path, help="checkpoint folder to continue from")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rendezvous", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.output = args.output.resolve()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -256,9 +260,29 @@ def main() -> None:
         samples = itertools.islice(conversations.training(seed=0), 15_000)
         trained: Tokenizer = tokenizer.train_tokenizer(tokenizer.conversation(s) for s in samples)
         trained.save(str(args.output / "tokenizer.json"))
-    args.rendezvous = args.output / f"rendezvous_{os.getpid()}"
-    torch.multiprocessing.spawn(train, (args,), nprocs=args.processes)  # type: ignore[attr-defined, no-untyped-call]
-    args.rendezvous.unlink(missing_ok=True)
+    if args.rank is not None:
+        train(args.rank, args)
+        return
+    # Plain child processes with this command line, rather than forks of a pool, so that tools can find and pause them.
+    rendezvous = args.output / f"rendezvous_{os.getpid()}"
+    command = [
+        sys.executable,
+        "-m",
+        "helexa_engine.demo.train",
+        *sys.argv[1:],
+        "--rendezvous",
+        str(rendezvous),
+        "--rank",
+    ]
+    workers = [subprocess.Popen([*command, str(rank)]) for rank in range(args.processes)]
+    try:
+        failed = [worker for worker in workers if worker.wait() != 0]
+    finally:
+        for worker in workers:
+            worker.terminate()
+        rendezvous.unlink(missing_ok=True)
+    if failed:
+        raise SystemExit("training failed; see the messages above")
 
 
 if __name__ == "__main__":

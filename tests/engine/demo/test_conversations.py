@@ -12,7 +12,7 @@ from helexa_engine.demo import conversations
 from helexa_engine.demo.conversations import SKILLS, Sample, held_out, training
 from helexa_engine.demo.manual import TOPICS
 
-PROBLEM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
+PROBLEM = re.compile(r"So (\d+) ([+-]) (\d+) = (\d+)")
 EQUATION = re.compile(r"(\d+(?: [+-] \d+)+) = (-?\d+)")
 
 
