@@ -105,7 +105,9 @@ def report(facts: dict[str, Any]) -> str:
         ("template", "none: chat is not possible" if template is None else ", ".join(template) or "plain turns"),
     ]
     if facts["sampling_defaults"]:
-        lines.append(("sampling", ", ".join(f"{key} {value}" for key, value in facts["sampling_defaults"].items())))
+        lines.append(
+            ("sampling", ", ".join(f"{key} {_short(value)}" for key, value in facts["sampling_defaults"].items()))
+        )
     return "\n".join(f"{title:>13}  {text}" for title, text in lines)
 
 
@@ -114,3 +116,8 @@ def _count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.2f} {letter}"
     return str(number)
+
+
+def _short(value: Any) -> str:
+    """A float32 from the file without the digits that float64 adds."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
