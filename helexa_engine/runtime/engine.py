@@ -72,7 +72,7 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges of now and counters since the start."""
+    """Gauges of now and counters since the start. A prompt counts when it is complete, once for each answer."""
 
     num_running: int
     num_waiting: int
@@ -226,7 +226,6 @@ class Engine:
             if answer is None:  # its request failed just now
                 continue
             self.scheduler.computed(chunk)
-            self._prompt_tokens += max(0, min(chunk.end, chunk.sequence.num_prompt_tokens) - chunk.start)
             if chunk.samples:
                 sampling.append((answer, first - 1))
             if answer.scores_prompt:
@@ -266,6 +265,8 @@ class Engine:
             return self._fail(answer, error)
         is_first = sequence.num_output_tokens == 0
         reports_prompt = params.prompt_logprobs is not None and answer.scores_prompt
+        if is_first:
+            self._prompt_tokens += sequence.num_prompt_tokens
         sequence.append(token_id, self._clock())
         self._generation_tokens += 1
         finish_reason: Literal["stop", "length"] | None = None
