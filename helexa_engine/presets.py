@@ -198,12 +198,18 @@ def _byte_tokens() -> list[str]:
     return [chr(byte) if byte in kept else chr(next(moved)) for byte in range(256)]
 
 
+def _token_types(shape: Preset) -> list[int]:
+    """GGUF's kind of every token of :func:`_metadata`, in order."""
+    special = [_CONTROL] * 3 + [_USER_DEFINED] * 4
+    num_normal = 256 + 1
+    return [_NORMAL] * num_normal + [_UNUSED] * (shape.vocab_size - num_normal - len(special)) + special
+
+
 def _metadata(name: str, shape: Preset, mix: Mix) -> dict[str, Any]:
     """The file's metadata: hyperparameters, and a byte-level tokenizer padded to the vocabulary."""
     by_bytes = _byte_tokens()
     padding = shape.vocab_size - len(by_bytes) - len(_SPECIAL_TOKENS) - 1
     tokens = [*by_bytes, "he", *(f"[PAD{i}]" for i in range(padding)), *_SPECIAL_TOKENS]
-    special = [_CONTROL] * 3 + [_USER_DEFINED] * 4
     first_special = shape.vocab_size - len(_SPECIAL_TOKENS)
     return {
         "general.architecture": "qwen3",
@@ -222,7 +228,6 @@ def _metadata(name: str, shape: Preset, mix: Mix) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [_NORMAL] * (len(by_bytes) + 1) + [_UNUSED] * padding + special,
         "tokenizer.ggml.merges": ["h e"],
         "tokenizer.ggml.eos_token_id": first_special + 2,
         "tokenizer.ggml.padding_token_id": first_special,
@@ -257,6 +262,7 @@ def write_preset_gguf(
                 progress(written / total)
 
     with GGUFWriter(path, _metadata(name, shape, mix)) as writer:
+        writer.add_metadata("tokenizer.ggml.token_type", _token_types(shape), "int32")  # llama.cpp reads no other
         for tensor in listed:
             writer.add_tensor(tensor.name, tensor.quant_type, tensor.shape, partial(pieces, tensor))
 

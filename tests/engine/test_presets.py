@@ -55,6 +55,9 @@ def test_the_file_is_what_another_reader_expects(tmp_path: Path, quant: str) -> 
     shape = PRESETS["qwen3-tiny"]
     assert len(reader.fields["tokenizer.ggml.tokens"].data) == shape.vocab_size
     assert len(set(reader.fields["tokenizer.ggml.tokens"].contents())) == shape.vocab_size
+    kinds = reader.fields["tokenizer.ggml.token_type"]
+    assert kinds.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]  # what llama.cpp insists on
+    assert len(kinds.data) == shape.vocab_size
     assert reader.fields["qwen3.block_count"].contents() == shape.num_hidden_layers
     assert len(reader.tensors) == 2 + 11 * shape.num_hidden_layers
     for tensor in reader.tensors:
