@@ -19,7 +19,7 @@ from helexa_server.config import ServerConfig
 from helexa_server.served_model import ServedModel
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Returns once ``condition`` holds; fails the test when it does not within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():

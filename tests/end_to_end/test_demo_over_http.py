@@ -1,0 +1,131 @@
+"""``helexa serve demo``, asked by the openai client: everything from the file to the words, in one process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from helexa_engine.demo.conversations import SKILLS, Sample, held_out
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """URL of a server of its own process that is ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helexa_engine", "serve", "demo", "--port", str(port)], env=environment
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not is_ready(url):
+            assert process.poll() is None, "the server ended before it was ready"
+            assert time.monotonic() < deadline, "the server never got ready"
+            time.sleep(0.2)
+        yield url
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def ask(client: openai.OpenAI, sample: Sample, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="demo",
+        messages=sample.messages,  # type: ignore[arg-type]
+        tools=sample.tools or openai.omit,  # type: ignore[arg-type]
+        temperature=0,
+        max_tokens=160,
+        extra_body={"chat_template_kwargs": sample.chat_template_kwargs},
+        **options,
+    )
+
+
+def whole_answer(client: openai.OpenAI, sample: Sample) -> tuple[str, list[tuple[str, str]], str]:
+    """(text, tool calls as name and arguments, reasoning)."""
+    message = ask(client, sample).choices[0].message
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return message.content or "", calls, getattr(message, "reasoning_content", None) or ""
+
+
+def streamed_answer(client: openai.OpenAI, sample: Sample) -> tuple[str, list[tuple[str, str]], str]:
+    text, reasoning, calls = "", "", []
+    for chunk in ask(client, sample, stream=True):
+        delta = chunk.choices[0].delta
+        text += delta.content or ""
+        reasoning += getattr(delta, "reasoning_content", None) or ""
+        for call in delta.tool_calls or ():
+            if call.id:
+                calls.append([call.function.name, ""])
+            calls[call.index][1] += call.function.arguments or ""
+    return text, [(name, arguments) for name, arguments in calls], reasoning
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_streamed_answer_equals_the_whole(client: openai.OpenAI, skill: str) -> None:
+    for sample in held_out(skill, 3, seed=2):
+        assert streamed_answer(client, sample) == whole_answer(client, sample)
+
+
+def test_json_on_request(client: openai.OpenAI) -> None:
+    """The grammar holds whatever the model would rather say."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "What is helexa?"}],
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},  # type: ignore[arg-type]
+    )
+    person = json.loads(answer.choices[0].message.content or "")
+    assert set(person) == {"name", "age"} and isinstance(person["age"], int)
+
+
+def test_tokens_round_trip_and_prompt_echo(client: openai.OpenAI, server: str) -> None:
+    text = "Hello, wörld 🙂 <|im_end|>"
+    tokens = httpx.post(f"{server}/tokenize", json={"prompt": text}).json()["tokens"]
+    assert httpx.post(f"{server}/detokenize", json={"tokens": tokens}).json()["prompt"] == text
+    echoed = client.completions.create(model="demo", prompt=text, echo=True, max_tokens=1, logprobs=1, temperature=0)
+    choice = echoed.choices[0]
+    assert choice.text.startswith(text) and echoed.usage is not None
+    assert echoed.usage.prompt_tokens == len(tokens)
+    assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+    assert len(choice.logprobs.token_logprobs) == len(tokens) + 1 and choice.logprobs.token_logprobs[0] is None
+    assert all(value is not None and value <= 0 for value in choice.logprobs.token_logprobs[1:])
+
+
+def test_a_prompt_over_the_context(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompt is too long") as caught:
+        client.completions.create(model="demo", prompt="word " * 40_000)
+    assert caught.value.code == "context_length_exceeded"
+    body: Any = caught.value.body
+    assert body["prompt_len"] > body["max"]
