@@ -7,6 +7,7 @@ core is missing is said aloud, never silent; ``HELEXA_OPS=op=implementation`` fo
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping
@@ -22,12 +23,25 @@ logger = logging.getLogger("helexa.ops")
 Facts = Mapping[str, Any]
 
 
+@functools.cache
 def native_core() -> ModuleType | None:
-    """The compiled core, or None where the package was installed without it."""
+    """The compiled core, set up as the environment asks; None where the package was installed without it.
+
+    Raises:
+        BackendUnavailable: ``HELEXA_CPU_ISA`` names a level that this processor or build does not have.
+    """
     try:
-        return importlib.import_module("helexa_engine._native")
-    except ImportError:
+        core = importlib.import_module("helexa_engine._native")
+    except ModuleNotFoundError:
         return None
+    if (isa := env.cpu_isa()) is not None:
+        try:
+            core.set_cpu_isa(isa)
+        except ValueError as error:
+            raise BackendUnavailable(f"HELEXA_CPU_ISA={isa}: {error}") from None
+    if (threads := env.num_threads()) is not None:
+        core.set_num_threads(threads)
+    return core
 
 
 def require_native() -> ModuleType:
