@@ -1,9 +1,14 @@
 // The whole native surface of helexa_engine._native on one page. The core knows no torch: pointers arrive as integers.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "check.h"
 #include "cpu_features.h"
+#include "dequantize.h"
+#include "packed_matrix.h"
 #include "paged_attention.h"
+#include "probes.h"
+#include "quant_matmul.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -27,6 +32,71 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("cpu_isa", [] { return name(cpu_isa()); }, "The instruction-set level in use.");
   module.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "generic, avx2 or avx512; ValueError where it cannot run.");
+
+  py::class_<PackedMatrix>(module, "PackedMatrix", "Weights in the kernels' own order; see csrc/cpu/packed_matrix.h.")
+      .def_property_readonly("quant_type", [](const PackedMatrix& m) { return static_cast<int>(m.type()); })
+      .def_property_readonly("rows", &PackedMatrix::rows)
+      .def_property_readonly("cols", &PackedMatrix::cols)
+      .def_property_readonly("nbytes", &PackedMatrix::nbytes, "Bytes held, padding of the rows to 16 included.")
+      .def(
+          "unpack",
+          [](const PackedMatrix& m, uintptr_t out) {
+            auto* destination = pointer<void>(out, "unpack", "out");
+            py::gil_scoped_release release;
+            m.unpack(destination);
+          },
+          py::arg("out"), "Writes the bytes that were packed.");
+  module.def(
+      "pack",
+      [](int quant_type, uintptr_t source, int64_t rows, int64_t cols) {
+        const auto* bytes = pointer<const void>(source, "pack", "source");
+        py::gil_scoped_release release;
+        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols);
+      },
+      py::arg("quant_type"), py::arg("source"), py::arg("rows"), py::arg("cols"),
+      "Packs rows x cols weights stored as in a GGUF file (quant_type: ggml's number).");
+  module.def(
+      "quant_matmul",
+      [](const std::vector<const PackedMatrix*>& parts, uintptr_t x, int64_t num_rows, uintptr_t out,
+         uintptr_t norm_weight, double norm_eps, bool silu_mul, bool add_to_out) {
+        constexpr const char* f = "quant_matmul";
+        QuantMatmul call;
+        for (const PackedMatrix* part : parts)
+          if (!part) fail(f, "parts", "PackedMatrix", "None");
+        call.parts = parts, call.rows = num_rows;
+        call.x = num_rows ? pointer<const float>(x, f, "x") : nullptr;
+        call.out = num_rows ? pointer<float>(out, f, "out") : nullptr;
+        call.norm_weight = reinterpret_cast<const float*>(norm_weight);
+        call.norm_eps = static_cast<float>(norm_eps);
+        call.activation = silu_mul ? Activation::kSiluMul : Activation::kNone;
+        call.residual = add_to_out ? call.out : nullptr;
+        py::gil_scoped_release release;
+        quant_matmul(call);
+      },
+      "x [T, K], the parts' rows side by side -> out; shapes: ops/quant_matmul. norm_weight 0: no norm in front.");
+  module.def(
+      "quant_embedding",
+      [](const PackedMatrix& matrix, uintptr_t ids, int64_t n, uintptr_t out) {
+        const auto* i = n ? pointer<const int64_t>(ids, "quant_embedding", "ids") : nullptr;
+        auto* o = n ? pointer<float>(out, "quant_embedding", "out") : nullptr;
+        py::gil_scoped_release release;
+        quant_embedding(matrix, i, n, o);
+      },
+      "Rows ids [n] int64 of the matrix as float32 [n, cols].");
+  module.def(
+      "dequantize",
+      [](int quant_type, uintptr_t source, int64_t n, uintptr_t out) {
+        const auto* s = pointer<const void>(source, "dequantize", "source");
+        auto* o = pointer<float>(out, "dequantize", "out");
+        py::gil_scoped_release release;
+        dequantize(quant_type, s, n, o);
+      },
+      py::arg("quant_type"), py::arg("source"), py::arg("n"), py::arg("out"), "n values as float32.");
+
+  module.def("read_bandwidth", &read_bandwidth, py::arg("nbytes") = 256 << 20, py::arg("threads") = 0,
+             py::arg("repeats") = 5, py::call_guard<py::gil_scoped_release>(), "Best of some reads, bytes a second.");
+  module.def("int8_rate", &int8_rate, py::call_guard<py::gil_scoped_release>(), "Int8 operations a second.");
+  module.def("float_rate", &float_rate, py::call_guard<py::gil_scoped_release>(), "Float32 operations a second.");
 
   module.def(
       "paged_attention",

@@ -89,3 +89,17 @@ def quant_matmul(
     if out is not None:
         return out.copy_(value)
     return value
+
+
+def quantized_activations(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [T, K] float32 as the integer kernels see it: int8 times one float32 scale for each 32 values; -> [T, K] float64.
+
+    ``quant_matmul`` of this in float64 is the integer twin: the kernels differ from it by float32 rounding only.
+    """
+    groups = x.reshape(x.shape[0], -1, 32)
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(
+        largest > 1e-30, torch.full_like(largest, 127) / largest, 0.0
+    )  # 127 / x would be 127 * (1 / x)
+    codes = torch.round(groups * inverse)
+    return (codes.double() * (largest / 127.0).double()).reshape(x.shape)

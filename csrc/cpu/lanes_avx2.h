@@ -1,0 +1,106 @@
+// Sixteen rows in two AVX2 registers. Part of quant_dot_avx2.cpp: included inside its unnamed namespace.
+struct Lanes {
+  static constexpr int kTileRows = 2;
+  static constexpr int kFloatTileRows = 2;
+  struct F {
+    __m256 a, b;
+  };
+  struct I {
+    __m256i a, b;
+  };
+  using B = I;
+  using X = __m256i;
+
+  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+  static F load_half(const void* p) {
+    const auto* q = static_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+  }
+  static F load_bfloat16(const void* p) {
+    const auto* q = static_cast<const __m128i*>(p);
+    const auto widen = [](__m128i x) {
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+    };
+    return {widen(_mm_loadu_si128(q)), widen(_mm_loadu_si128(q + 1))};
+  }
+  static F load_u8(const uint8_t* p) { return from_u8(load16(p)); }
+  static F load_i8(const uint8_t* p) {
+    const __m128i x = load16(p);
+    return to_float({_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))});
+  }
+  static F load_low_nibble(const uint8_t* p) { return from_u8(_mm_and_si128(load16(p), _mm_set1_epi8(15))); }
+  static F load_high_nibble(const uint8_t* p) {
+    return from_u8(_mm_and_si128(_mm_srli_epi16(load16(p), 4), _mm_set1_epi8(15)));
+  }
+  static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F clamp(F x, float low, float high) {
+    const __m256 l = _mm256_set1_ps(low), h = _mm256_set1_ps(high);
+    return {_mm256_min_ps(_mm256_max_ps(x.a, l), h), _mm256_min_ps(_mm256_max_ps(x.b, l), h)};
+  }
+  static F round(F x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+  static F times_power_of_two(F x, F n) {
+    const auto scale = [](__m256 v, __m256 e) {
+      return _mm256_castsi256_ps(
+          _mm256_add_epi32(_mm256_castps_si256(v), _mm256_slli_epi32(_mm256_cvtps_epi32(e), 23)));
+    };
+    return {scale(x.a, n.a), scale(x.b, n.b)};
+  }
+
+  static I izero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I splat_shifted(int32_t x, int shift) {
+    const __m256i v = _mm256_set1_epi32(int32_t(uint32_t(x) << shift));
+    return {v, v};
+  }
+  static F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+
+  static B load_bytes(const uint8_t* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_load_si256(q), _mm256_load_si256(q + 1)};
+  }
+  static void store_bytes(uint8_t* p, B x) {
+    auto* q = reinterpret_cast<__m256i*>(p);
+    _mm256_store_si256(q, x.a), _mm256_store_si256(q + 1, x.b);
+  }
+  template <int kShift>
+  static B bits(B x, int mask) {
+    if constexpr (kShift > 0) x = {_mm256_slli_epi16(x.a, kShift), _mm256_slli_epi16(x.b, kShift)};
+    if constexpr (kShift < 0) x = {_mm256_srli_epi16(x.a, -kShift), _mm256_srli_epi16(x.b, -kShift)};
+    const __m256i m = _mm256_set1_epi8(char(mask));
+    return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+  }
+  static B either(B x, B y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static B lookup(const uint8_t* table, B index) {
+    const __m256i t = _mm256_broadcastsi128_si256(load16(table));
+    return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
+  }
+  static X quad(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+  }
+  // maddubs adds pairs of products in 16 bits. Codes of at most 6 bits cannot overflow it (2 * 63 * 127).
+  static I dot(I sum, B codes, X x) { return {dot8(sum.a, codes.a, x), dot8(sum.b, codes.b, x)}; }
+  // 8-bit codes: magnitude times activation with the code's sign, at most 2 * 128 * 127.
+  static constexpr bool kWideDotRemovesOffset = true;
+  static I dot_wide(I sum, B codes, X x) {
+    const __m256i flip = _mm256_set1_epi8(char(0x80));
+    const __m256i a = _mm256_xor_si256(codes.a, flip), b = _mm256_xor_si256(codes.b, flip);
+    return {dot8(sum.a, _mm256_abs_epi8(a), _mm256_sign_epi8(x, a)),
+            dot8(sum.b, _mm256_abs_epi8(b), _mm256_sign_epi8(x, b))};
+  }
+
+ private:
+  static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static F from_u8(__m128i x) {
+    return to_float({_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))});
+  }
+  static __m256i dot8(__m256i sum, __m256i codes, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+  }
+};

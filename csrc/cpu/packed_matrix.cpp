@@ -1,0 +1,362 @@
+#include "packed_matrix.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "thread_pool.h"
+
+namespace helexa {
+namespace {
+
+// A block taken apart: unsigned codes in column order, the header's fields as they are packed.
+struct Fields {
+  uint8_t codes[256];
+  half_bits d, dmin;
+  uint8_t small[16];  // integer scales (or pairs of scale and minimum: Q2_K a byte, Q4_K and Q5_K two bytes)
+};
+
+void split_nibbles(const uint8_t* qs, int half, uint8_t* codes) {
+  for (int i = 0; i < half; ++i) codes[i] = qs[i] & 15, codes[half + i] = qs[i] >> 4;
+}
+void join_nibbles(const uint8_t* codes, int half, uint8_t* qs) {
+  for (int i = 0; i < half; ++i) qs[i] = uint8_t((codes[i] & 15) | (codes[half + i] & 15) << 4);
+}
+void split_fifth(const uint8_t* qh, uint8_t* codes) {
+  for (int i = 0; i < 32; ++i) codes[i] |= uint8_t((qh[i / 8] >> (i % 8) & 1) << 4);
+}
+void join_fifth(const uint8_t* codes, uint8_t* qh) {
+  std::memset(qh, 0, 4);
+  for (int i = 0; i < 32; ++i) qh[i / 8] |= uint8_t((codes[i] >> 4 & 1) << (i % 8));
+}
+void split_pairs(const uint8_t (*qs)[32], uint8_t* codes) {
+  for (int h = 0; h < 2; ++h)
+    for (int p = 0; p < 4; ++p)
+      for (int i = 0; i < 32; ++i) codes[128 * h + 32 * p + i] = qs[h][i] >> (2 * p) & 3;
+}
+void join_pairs(const uint8_t* codes, uint8_t (*qs)[32]) {
+  for (int h = 0; h < 2; ++h)
+    for (int i = 0; i < 32; ++i) {
+      int byte = 0;
+      for (int p = 0; p < 4; ++p) byte |= (codes[128 * h + 32 * p + i] & 3) << (2 * p);
+      qs[h][i] = uint8_t(byte);
+    }
+}
+// Plane g of `bits` gives one bit (from, to shifted) of each code of group g.
+void split_plane(const uint8_t* bits, int to, uint8_t* codes) {
+  for (int g = 0; g < 8; ++g)
+    for (int i = 0; i < 32; ++i) codes[32 * g + i] |= uint8_t((bits[i] >> g & 1) << to);
+}
+void join_plane(const uint8_t* codes, int from, uint8_t* bits) {
+  for (int i = 0; i < 32; ++i) {
+    int byte = 0;
+    for (int g = 0; g < 8; ++g) byte |= (codes[32 * g + i] >> from & 1) << g;
+    bits[i] = uint8_t(byte);
+  }
+}
+
+// 12 bytes with eight scales and eight minimums of six bits <-> small[2g], small[2g + 1].
+void split_six_bits(const uint8_t* packed, uint8_t* small) {
+  for (int g = 0; g < 4; ++g) {
+    small[2 * g] = packed[g] & 63, small[2 * g + 1] = packed[g + 4] & 63;
+    small[2 * g + 8] = uint8_t((packed[g + 8] & 15) | (packed[g] >> 6) << 4);
+    small[2 * g + 9] = uint8_t(packed[g + 8] >> 4 | (packed[g + 4] >> 6) << 4);
+  }
+}
+void join_six_bits(const uint8_t* small, uint8_t* packed) {
+  for (int g = 0; g < 4; ++g) {
+    packed[g] = uint8_t(small[2 * g] | (small[2 * g + 8] >> 4) << 6);
+    packed[g + 4] = uint8_t(small[2 * g + 1] | (small[2 * g + 9] >> 4) << 6);
+    packed[g + 8] = uint8_t((small[2 * g + 8] & 15) | (small[2 * g + 9] & 15) << 4);
+  }
+}
+
+void split(const block_q4_0& b, Fields& f) { f.d = b.d, split_nibbles(b.qs, 16, f.codes); }
+void join(const Fields& f, block_q4_0& b) { b.d = f.d, join_nibbles(f.codes, 16, b.qs); }
+void split(const block_q4_1& b, Fields& f) { f.d = b.d, f.dmin = b.m, split_nibbles(b.qs, 16, f.codes); }
+void join(const Fields& f, block_q4_1& b) { b.d = f.d, b.m = f.dmin, join_nibbles(f.codes, 16, b.qs); }
+void split(const block_q5_0& b, Fields& f) {
+  f.d = b.d, split_nibbles(b.qs, 16, f.codes), split_fifth(b.qh, f.codes);
+}
+void join(const Fields& f, block_q5_0& b) { b.d = f.d, join_nibbles(f.codes, 16, b.qs), join_fifth(f.codes, b.qh); }
+void split(const block_q5_1& b, Fields& f) {
+  f.d = b.d, f.dmin = b.m, split_nibbles(b.qs, 16, f.codes), split_fifth(b.qh, f.codes);
+}
+void join(const Fields& f, block_q5_1& b) {
+  b.d = f.d, b.m = f.dmin, join_nibbles(f.codes, 16, b.qs), join_fifth(f.codes, b.qh);
+}
+void split(const block_q8_0& b, Fields& f) {
+  f.d = b.d;
+  for (int i = 0; i < 32; ++i) f.codes[i] = uint8_t(b.qs[i]) ^ 0x80;
+}
+void join(const Fields& f, block_q8_0& b) {
+  b.d = f.d;
+  for (int i = 0; i < 32; ++i) b.qs[i] = int8_t(f.codes[i] ^ 0x80);
+}
+void split(const block_q2_K& b, Fields& f) {
+  f.d = b.d, f.dmin = b.dmin, std::memcpy(f.small, b.scales, 16), split_pairs(b.qs, f.codes);
+}
+void join(const Fields& f, block_q2_K& b) {
+  b.d = f.d, b.dmin = f.dmin, std::memcpy(b.scales, f.small, 16), join_pairs(f.codes, b.qs);
+}
+void split(const block_q3_K& b, Fields& f) {
+  f.d = b.d, split_pairs(b.qs, f.codes), split_plane(b.hmask, 2, f.codes);
+  for (int s = 0; s < 16; ++s) {
+    const int low = s < 8 ? b.scales[s] & 15 : b.scales[s - 8] >> 4, high = b.scales[8 + s % 4] >> (2 * (s / 4)) & 3;
+    f.small[s] = uint8_t((low | high << 4) - 32);
+  }
+}
+void join(const Fields& f, block_q3_K& b) {
+  b.d = f.d, join_pairs(f.codes, b.qs), join_plane(f.codes, 2, b.hmask);
+  std::memset(b.scales, 0, 12);
+  for (int s = 0; s < 16; ++s) {
+    const int six = (f.small[s] + 32) & 63;
+    b.scales[s % 8] |= uint8_t((six & 15) << (s / 8 * 4));
+    b.scales[8 + s % 4] |= uint8_t((six >> 4) << (2 * (s / 4)));
+  }
+}
+void split(const block_q4_K& b, Fields& f) {
+  f.d = b.d, f.dmin = b.dmin, split_six_bits(b.scales, f.small);
+  for (int j = 0; j < 4; ++j) split_nibbles(b.qs[j], 32, f.codes + 64 * j);
+}
+void join(const Fields& f, block_q4_K& b) {
+  b.d = f.d, b.dmin = f.dmin, join_six_bits(f.small, b.scales);
+  for (int j = 0; j < 4; ++j) join_nibbles(f.codes + 64 * j, 32, b.qs[j]);
+}
+void split(const block_q5_K& b, Fields& f) {
+  f.d = b.d, f.dmin = b.dmin, split_six_bits(b.scales, f.small);
+  for (int j = 0; j < 4; ++j) split_nibbles(b.qs[j], 32, f.codes + 64 * j);
+  split_plane(b.qh, 4, f.codes);
+}
+void join(const Fields& f, block_q5_K& b) {
+  b.d = f.d, b.dmin = f.dmin, join_six_bits(f.small, b.scales);
+  for (int j = 0; j < 4; ++j) join_nibbles(f.codes + 64 * j, 32, b.qs[j]);
+  join_plane(f.codes, 4, b.qh);
+}
+void split(const block_q6_K& b, Fields& f) {
+  f.d = b.d, std::memcpy(f.small, b.scales, 16);
+  for (int h = 0; h < 2; ++h) {
+    split_nibbles(b.ql[h], 64, f.codes + 128 * h);
+    for (int p = 0; p < 4; ++p)
+      for (int i = 0; i < 32; ++i) f.codes[128 * h + 32 * p + i] |= uint8_t((b.qh[h][i] >> (2 * p) & 3) << 4);
+  }
+}
+void join(const Fields& f, block_q6_K& b) {
+  b.d = f.d, std::memcpy(b.scales, f.small, 16);
+  for (int h = 0; h < 2; ++h) {
+    join_nibbles(f.codes + 128 * h, 64, b.ql[h]);
+    for (int i = 0; i < 32; ++i) {
+      int byte = 0;
+      for (int p = 0; p < 4; ++p) byte |= (f.codes[128 * h + 32 * p + i] >> 4) << (2 * p);
+      b.qh[h][i] = uint8_t(byte);
+    }
+  }
+}
+void split(const block_iq4_xs& b, Fields& f) {
+  f.d = b.d;
+  for (int g = 0; g < 8; ++g) {
+    split_nibbles(b.qs[g], 16, f.codes + 32 * g);
+    f.small[g] = uint8_t(((b.scales_l[g / 2] >> (g % 2 * 4) & 15) | (b.scales_h >> 2 * g & 3) << 4) - 32);
+  }
+}
+void join(const Fields& f, block_iq4_xs& b) {
+  b.d = f.d, b.scales_h = 0, std::memset(b.scales_l, 0, 4);
+  for (int g = 0; g < 8; ++g) {
+    join_nibbles(f.codes + 32 * g, 16, b.qs[g]);
+    const int six = (f.small[g] + 32) & 63;
+    b.scales_l[g / 2] |= uint8_t((six & 15) << (g % 2 * 4));
+    b.scales_h |= uint16_t((six >> 4) << (2 * g));
+  }
+}
+
+template <class Function>
+void with_block_type(QuantType type, Function function) {
+  switch (type) {
+    case QuantType::Q4_0:
+    case QuantType::IQ4_NL: return function(block_q4_0{});
+    case QuantType::Q4_1: return function(block_q4_1{});
+    case QuantType::Q5_0: return function(block_q5_0{});
+    case QuantType::Q5_1: return function(block_q5_1{});
+    case QuantType::Q8_0: return function(block_q8_0{});
+    case QuantType::Q2_K: return function(block_q2_K{});
+    case QuantType::Q3_K: return function(block_q3_K{});
+    case QuantType::Q4_K: return function(block_q4_K{});
+    case QuantType::Q5_K: return function(block_q5_K{});
+    case QuantType::Q6_K: return function(block_q6_K{});
+    case QuantType::IQ4_XS: return function(block_iq4_xs{});
+    default: break;
+  }
+}
+
+// Integer scales of 16 rows that follow the float16 ones, in bytes a row.
+int small_bytes(const PackedLayout& layout, bool has_minimum) {
+  return (layout.header_bytes - (has_minimum ? 64 : 32)) / kLanes;
+}
+bool has_minimum(QuantType type) {
+  return type == QuantType::Q4_1 || type == QuantType::Q5_1 || type == QuantType::Q2_K || type == QuantType::Q4_K ||
+         type == QuantType::Q5_K;
+}
+
+// Places the 32 codes of one row into the zeroed code vectors of its group, or takes them out again. Word w of a vector
+// is row w's; a word holds four columns.
+void place_codes(const uint8_t* codes, const PackedLayout& layout, int row, uint8_t* vectors) {
+  uint32_t quads[8];
+  std::memcpy(quads, codes, 32);
+  auto* words = reinterpret_cast<uint32_t*>(vectors) + row;
+  if (layout.base_bits == 8) {
+    for (int j = 0; j < 8; ++j) words[16 * j] = quads[j];
+  } else if (layout.base_bits == 4) {
+    for (int j = 0; j < 4; ++j) words[16 * j] = (quads[j] & 0x0f0f0f0f) | (quads[j + 4] & 0x0f0f0f0f) << 4;
+  } else {
+    for (int j = 0; j < 8; ++j) words[16 * (j / 4)] |= (quads[j] & 0x03030303) << (j % 4 * 2);
+  }
+  auto* high = words + 16 * layout.base_bits;
+  if (layout.high_bits == 1) {
+    for (int j = 0; j < 8; ++j) high[0] |= (quads[j] >> layout.base_bits & 0x01010101) << j;
+  } else if (layout.high_bits == 2) {
+    for (int j = 0; j < 8; ++j) high[16 * (j / 4)] |= (quads[j] >> layout.base_bits & 0x03030303) << (j % 4 * 2);
+  }
+}
+void take_codes(const uint8_t* vectors, const PackedLayout& layout, int row, uint8_t* codes) {
+  uint32_t quads[8];
+  const auto* words = reinterpret_cast<const uint32_t*>(vectors) + row;
+  for (int j = 0; j < 8; ++j) {
+    if (layout.base_bits == 8) quads[j] = words[16 * j];
+    if (layout.base_bits == 4) quads[j] = words[16 * (j % 4)] >> (j / 4 * 4) & 0x0f0f0f0f;
+    if (layout.base_bits == 2) quads[j] = words[16 * (j / 4)] >> (j % 4 * 2) & 0x03030303;
+  }
+  const auto* high = words + 16 * layout.base_bits;
+  for (int j = 0; j < 8; ++j) {
+    if (layout.high_bits == 1) quads[j] |= (high[0] >> j & 0x01010101) << layout.base_bits;
+    if (layout.high_bits == 2) quads[j] |= (high[16 * (j / 4)] >> (j % 4 * 2) & 0x03030303) << layout.base_bits;
+  }
+  std::memcpy(codes, quads, 32);
+}
+
+void put_half(uint8_t* header, int row, half_bits value) { std::memcpy(header + 2 * row, &value, 2); }
+half_bits get_half(const uint8_t* header, int row) {
+  half_bits value;
+  std::memcpy(&value, header + 2 * row, 2);
+  return value;
+}
+
+int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
+
+}  // namespace
+
+void PackedMatrix::Free::operator()(uint8_t* p) const { std::free(p); }
+
+PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols)
+    : traits_(type_traits(quant_type, "pack")), layout_(packed_layout(traits_.type)), rows_(rows), cols_(cols) {
+  check(rows >= 1, "pack", "rows", "at least 1", rows);
+  if (cols < 1 || cols % traits_.block_size)
+    fail("pack", "cols", std::string("a positive multiple of the ") + traits_.name + " block size " +
+                             std::to_string(traits_.block_size), std::to_string(cols));
+  row_bytes_ = cols / traits_.block_size * traits_.block_bytes;
+  if (layout_.storage == Storage::kCodes) {
+    header_area_ = align64(cols / traits_.block_size * layout_.header_bytes);
+    group_bytes_ = header_area_ + cols / 32 * layout_.code_bytes();
+  } else {
+    group_bytes_ = align64(kLanes * row_bytes_);
+  }
+  const size_t alignment = nbytes() >= (4 << 20) ? size_t(2) << 20 : 64;
+  const size_t size = (size_t(nbytes()) + alignment - 1) / alignment * alignment;
+  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, size)));
+  if (!data_) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  // Fewer page-table walks while streaming. A refusal costs speed only. The tail beyond the data is not touched.
+  if (alignment > 64) (void)madvise(data_.get(), size_t(nbytes()) / alignment * alignment, MADV_HUGEPAGE);
+#endif
+  const auto* bytes = static_cast<const uint8_t*>(source);
+  parallel_for(groups(), 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t g = begin; g < end; ++g) pack_group(g, bytes);
+  });
+}
+
+void PackedMatrix::pack_group(int64_t g, const uint8_t* source) {
+  uint8_t* out = data_.get() + g * group_bytes_;
+  std::memset(out, 0, size_t(group_bytes_));  // rows beyond the last are zero
+  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, rows_ - g * kLanes));
+  source += g * kLanes * row_bytes_;
+  if (layout_.storage == Storage::kBlocks) {
+    std::memcpy(out, source, size_t(lanes * row_bytes_));
+    return;
+  }
+  if (layout_.storage == Storage::kFloats) {
+    const int size = traits_.block_bytes;
+    for (int r = 0; r < lanes; ++r)
+      for (int64_t k = 0; k < cols_; ++k)
+        std::memcpy(out + (k * kLanes + r) * size, source + r * row_bytes_ + k * size, size_t(size));
+    return;
+  }
+  const bool minimum = has_minimum(type());
+  const int small = small_bytes(layout_, minimum), groups_per_block = traits_.block_size / 32;
+  with_block_type(type(), [&](auto block) {
+    Fields fields;
+    for (int64_t i = 0; i < cols_ / traits_.block_size; ++i) {
+      uint8_t* header = out + i * layout_.header_bytes;
+      uint8_t* codes = out + header_area_ + i * groups_per_block * layout_.code_bytes();
+      for (int r = 0; r < lanes; ++r) {
+        std::memcpy(&block, source + r * row_bytes_ + i * sizeof block, sizeof block);
+        split(block, fields);
+        put_half(header, r, fields.d);
+        if (minimum) put_half(header + 32, r, fields.dmin);
+        for (int s = 0; s < small; ++s) header[(minimum ? 64 : 32) + kLanes * s + r] = fields.small[s];
+        for (int j = 0; j < groups_per_block; ++j)
+          place_codes(fields.codes + 32 * j, layout_, r, codes + j * layout_.code_bytes());
+      }
+    }
+  });
+}
+
+void PackedMatrix::unpack_row(int64_t row, uint8_t* out) const {
+  const uint8_t* in = group(row / kLanes);
+  const int r = static_cast<int>(row % kLanes);
+  if (layout_.storage == Storage::kBlocks) {
+    std::memcpy(out, in + r * row_bytes_, size_t(row_bytes_));
+    return;
+  }
+  if (layout_.storage == Storage::kFloats) {
+    const int size = traits_.block_bytes;
+    for (int64_t k = 0; k < cols_; ++k) std::memcpy(out + k * size, in + (k * kLanes + r) * size, size_t(size));
+    return;
+  }
+  const bool minimum = has_minimum(type());
+  const int small = small_bytes(layout_, minimum), groups_per_block = traits_.block_size / 32;
+  with_block_type(type(), [&](auto block) {
+    Fields fields;
+    for (int64_t i = 0; i < cols_ / traits_.block_size; ++i) {
+      const uint8_t* header = in + i * layout_.header_bytes;
+      const uint8_t* codes = in + header_area_ + i * groups_per_block * layout_.code_bytes();
+      fields.d = get_half(header, r);
+      if (minimum) fields.dmin = get_half(header + 32, r);
+      for (int s = 0; s < small; ++s) fields.small[s] = header[(minimum ? 64 : 32) + kLanes * s + r];
+      for (int j = 0; j < groups_per_block; ++j)
+        take_codes(codes + j * layout_.code_bytes(), layout_, r, fields.codes + 32 * j);
+      join(fields, block);
+      std::memcpy(out + i * sizeof block, &block, sizeof block);
+    }
+  });
+}
+
+void PackedMatrix::unpack(void* destination) const {
+  auto* out = static_cast<uint8_t*>(destination);
+  parallel_for(rows_, kLanes, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) unpack_row(row, out + row * row_bytes_);
+  });
+}
+
+void PackedMatrix::dequantize_row(int64_t row, float* out) const {
+  thread_local std::vector<uint8_t> blocks;
+  blocks.resize(size_t(row_bytes_));
+  unpack_row(row, blocks.data());
+  helexa::dequantize_row(traits_, blocks.data(), cols_, out);
+}
+
+}  // namespace helexa
