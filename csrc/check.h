@@ -1,4 +1,5 @@
-// Checks of arguments that come from Python. A message names the function, the argument, what it should be and what came.
+// Checks of arguments that come from Python. A message names the function, the argument, what it should be and what
+// came.
 #pragma once
 
 #include <cstdint>

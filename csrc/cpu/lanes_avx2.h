@@ -1,5 +1,6 @@
 // Sixteen rows in two AVX2 registers. Part of quant_dot_avx2.cpp: included inside its unnamed namespace.
 struct Lanes {
+  static constexpr int kUnroll = 8;
   static constexpr int kTileRows = 2;
   static constexpr int kFloatTileRows = 2;
   struct F {
@@ -21,9 +22,7 @@ struct Lanes {
   }
   static F load_bfloat16(const void* p) {
     const auto* q = static_cast<const __m128i*>(p);
-    const auto widen = [](__m128i x) {
-      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-    };
+    const auto widen = [](__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); };
     return {widen(_mm_loadu_si128(q)), widen(_mm_loadu_si128(q + 1))};
   }
   static F load_u8(const uint8_t* p) { return from_u8(load16(p)); }

@@ -1,6 +1,7 @@
 // Sixteen rows in one AVX-512 register. Part of quant_dot_avx512.cpp: included inside its unnamed namespace.
 struct Lanes {
-  static constexpr int kTileRows = 6;       // activation rows a register block of a tile holds
+  static constexpr int kUnroll = 8;
+  static constexpr int kTileRows = 6;  // activation rows a register block of a tile holds
   static constexpr int kFloatTileRows = 6;
   using F = __m512;
   using I = __m512i;
@@ -31,8 +32,7 @@ struct Lanes {
   static F clamp(F x, float low, float high) { return _mm512_min_ps(_mm512_max_ps(x, splat(low)), splat(high)); }
   static F round(F x) { return _mm512_roundscale_ps(x, 8); }
   static F times_power_of_two(F x, F n) {
-    return _mm512_castsi512_ps(
-        _mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
   }
 
   static I izero() { return _mm512_setzero_si512(); }

@@ -1,5 +1,6 @@
 // Sixteen rows in plain arrays. Part of quant_dot_generic.cpp: included inside its unnamed namespace.
 struct Lanes {
+  static constexpr int kUnroll = 1;
   static constexpr int kTileRows = 1;
   static constexpr int kFloatTileRows = 1;
   struct F {
@@ -91,7 +92,7 @@ struct Lanes {
   }
   static void store_bytes(uint8_t* p, const B& x) { __builtin_memcpy(p, x.v, 64); }
   template <int kShift>
-  static B bits(B x, int mask) {
+  __attribute__((noinline)) static B bits(B x, int mask) {
     for (int i = 0; i < 64; ++i) x.v[i] = uint8_t((kShift > 0 ? x.v[i] << kShift : x.v[i] >> -kShift) & mask);
     return x;
   }
@@ -105,7 +106,8 @@ struct Lanes {
   }
   static X quad(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static constexpr bool kWideDotRemovesOffset = false;
-  static I dot(I sum, const B& codes, X x) {
+  // Out of line: unrolled into every kernel it would make this file the longest to compile by far.
+  __attribute__((noinline)) static I dot(I sum, const B& codes, X x) {
     for (int i = 0; i < 16; ++i)
       for (int b = 0; b < 4; ++b) sum.v[i] += int(codes.v[4 * i + b]) * x.v[b];
     return sum;

@@ -81,9 +81,7 @@ void split(const block_q4_0& b, Fields& f) { f.d = b.d, split_nibbles(b.qs, 16, 
 void join(const Fields& f, block_q4_0& b) { b.d = f.d, join_nibbles(f.codes, 16, b.qs); }
 void split(const block_q4_1& b, Fields& f) { f.d = b.d, f.dmin = b.m, split_nibbles(b.qs, 16, f.codes); }
 void join(const Fields& f, block_q4_1& b) { b.d = f.d, b.m = f.dmin, join_nibbles(f.codes, 16, b.qs); }
-void split(const block_q5_0& b, Fields& f) {
-  f.d = b.d, split_nibbles(b.qs, 16, f.codes), split_fifth(b.qh, f.codes);
-}
+void split(const block_q5_0& b, Fields& f) { f.d = b.d, split_nibbles(b.qs, 16, f.codes), split_fifth(b.qh, f.codes); }
 void join(const Fields& f, block_q5_0& b) { b.d = f.d, join_nibbles(f.codes, 16, b.qs), join_fifth(f.codes, b.qh); }
 void split(const block_q5_1& b, Fields& f) {
   f.d = b.d, f.dmin = b.m, split_nibbles(b.qs, 16, f.codes), split_fifth(b.qh, f.codes);
@@ -179,18 +177,30 @@ template <class Function>
 void with_block_type(QuantType type, Function function) {
   switch (type) {
     case QuantType::Q4_0:
-    case QuantType::IQ4_NL: return function(block_q4_0{});
-    case QuantType::Q4_1: return function(block_q4_1{});
-    case QuantType::Q5_0: return function(block_q5_0{});
-    case QuantType::Q5_1: return function(block_q5_1{});
-    case QuantType::Q8_0: return function(block_q8_0{});
-    case QuantType::Q2_K: return function(block_q2_K{});
-    case QuantType::Q3_K: return function(block_q3_K{});
-    case QuantType::Q4_K: return function(block_q4_K{});
-    case QuantType::Q5_K: return function(block_q5_K{});
-    case QuantType::Q6_K: return function(block_q6_K{});
-    case QuantType::IQ4_XS: return function(block_iq4_xs{});
-    default: break;
+    case QuantType::IQ4_NL:
+      return function(block_q4_0{});
+    case QuantType::Q4_1:
+      return function(block_q4_1{});
+    case QuantType::Q5_0:
+      return function(block_q5_0{});
+    case QuantType::Q5_1:
+      return function(block_q5_1{});
+    case QuantType::Q8_0:
+      return function(block_q8_0{});
+    case QuantType::Q2_K:
+      return function(block_q2_K{});
+    case QuantType::Q3_K:
+      return function(block_q3_K{});
+    case QuantType::Q4_K:
+      return function(block_q4_K{});
+    case QuantType::Q5_K:
+      return function(block_q5_K{});
+    case QuantType::Q6_K:
+      return function(block_q6_K{});
+    case QuantType::IQ4_XS:
+      return function(block_iq4_xs{});
+    default:
+      break;
   }
 }
 
@@ -256,8 +266,10 @@ PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int
     : traits_(type_traits(quant_type, "pack")), layout_(packed_layout(traits_.type)), rows_(rows), cols_(cols) {
   check(rows >= 1, "pack", "rows", "at least 1", rows);
   if (cols < 1 || cols % traits_.block_size)
-    fail("pack", "cols", std::string("a positive multiple of the ") + traits_.name + " block size " +
-                             std::to_string(traits_.block_size), std::to_string(cols));
+    fail(
+        "pack", "cols",
+        std::string("a positive multiple of the ") + traits_.name + " block size " + std::to_string(traits_.block_size),
+        std::to_string(cols));
   row_bytes_ = cols / traits_.block_size * traits_.block_bytes;
   if (layout_.storage == Storage::kCodes) {
     header_area_ = align64(cols / traits_.block_size * layout_.header_bytes);

@@ -26,30 +26,43 @@ enum class Storage { kCodes, kFloats, kBlocks };
 
 struct PackedLayout {
   Storage storage;
-  int header_bytes = 0;  // a block of 16 rows
-  int base_bits = 0;     // plane of the low bits: 8, 4 or 2
-  int high_bits = 0;     // second plane: 0, 1 or 2
+  int header_bytes = 0;                                                      // a block of 16 rows
+  int base_bits = 0;                                                         // plane of the low bits: 8, 4 or 2
+  int high_bits = 0;                                                         // second plane: 0, 1 or 2
   constexpr int code_bytes() const { return 64 * (base_bits + high_bits); }  // 32 columns of 16 rows
 };
 
 constexpr PackedLayout packed_layout(QuantType type) {
   switch (type) {
     case QuantType::Q4_0:
-    case QuantType::IQ4_NL: return {Storage::kCodes, 32, 4, 0};
-    case QuantType::Q4_1: return {Storage::kCodes, 64, 4, 0};
-    case QuantType::Q5_0: return {Storage::kCodes, 32, 4, 1};
-    case QuantType::Q5_1: return {Storage::kCodes, 64, 4, 1};
-    case QuantType::Q8_0: return {Storage::kCodes, 32, 8, 0};
-    case QuantType::Q2_K: return {Storage::kCodes, 64 + 256, 2, 0};
-    case QuantType::Q3_K: return {Storage::kCodes, 32 + 256, 2, 1};
-    case QuantType::Q4_K: return {Storage::kCodes, 64 + 256, 4, 0};
-    case QuantType::Q5_K: return {Storage::kCodes, 64 + 256, 4, 1};
-    case QuantType::Q6_K: return {Storage::kCodes, 32 + 256, 4, 2};
-    case QuantType::IQ4_XS: return {Storage::kCodes, 32 + 128, 4, 0};
+    case QuantType::IQ4_NL:
+      return {Storage::kCodes, 32, 4, 0};
+    case QuantType::Q4_1:
+      return {Storage::kCodes, 64, 4, 0};
+    case QuantType::Q5_0:
+      return {Storage::kCodes, 32, 4, 1};
+    case QuantType::Q5_1:
+      return {Storage::kCodes, 64, 4, 1};
+    case QuantType::Q8_0:
+      return {Storage::kCodes, 32, 8, 0};
+    case QuantType::Q2_K:
+      return {Storage::kCodes, 64 + 256, 2, 0};
+    case QuantType::Q3_K:
+      return {Storage::kCodes, 32 + 256, 2, 1};
+    case QuantType::Q4_K:
+      return {Storage::kCodes, 64 + 256, 4, 0};
+    case QuantType::Q5_K:
+      return {Storage::kCodes, 64 + 256, 4, 1};
+    case QuantType::Q6_K:
+      return {Storage::kCodes, 32 + 256, 4, 2};
+    case QuantType::IQ4_XS:
+      return {Storage::kCodes, 32 + 128, 4, 0};
     case QuantType::F32:
     case QuantType::F16:
-    case QuantType::BF16: return {Storage::kFloats};
-    default: return {Storage::kBlocks};
+    case QuantType::BF16:
+      return {Storage::kFloats};
+    default:
+      return {Storage::kBlocks};
   }
 }
 
@@ -59,7 +72,7 @@ class PackedMatrix {
   // that is not a whole number of blocks, std::bad_alloc when memory is short.
   PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols);
 
-  void unpack(void* destination) const;                 // the bytes that were packed
+  void unpack(void* destination) const;                // the bytes that were packed
   void dequantize_row(int64_t row, float* out) const;  // exact
 
   const TypeTraits& traits() const { return traits_; }

@@ -1,6 +1,6 @@
-// The inner kernels of quant_matmul, one table of them an instruction-set level. All levels read the same packed weights
-// and compute the same integers; float32 sums run over the columns in one fixed order, whatever number of activation
-// rows is computed together, so a row's result does not depend on its company.
+// The inner kernels of quant_matmul, one table of them an instruction-set level. All levels read the same packed
+// weights and compute the same integers; float32 sums run over the columns in one fixed order, whatever number of
+// activation rows is computed together, so a row's result does not depend on its company.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ constexpr int kChunkGroups = kChunk / 32;
 struct ActivationChunk {
   int8_t q[kChunk];
   float scale[kChunkGroups];
-  int32_t negative_sum_32[kChunkGroups];     // -(sum of q) over 32 columns: the cure for a code's offset
+  int32_t negative_sum_32[kChunkGroups];  // -(sum of q) over 32 columns: the cure for a code's offset
   int32_t negative_sum_16[2 * kChunkGroups];
-  float negative_total_32[kChunkGroups];     // scale times the above: what a minimum is multiplied with
+  float negative_total_32[kChunkGroups];  // scale times the above: what a minimum is multiplied with
   float negative_total_16[2 * kChunkGroups];
 };
 
@@ -58,10 +58,10 @@ struct Kernels {
   void (*float_tile)(const float* a, const float* b, int depth, const float* x, int64_t x_stride, int rows,
                      float* sums);
   // The whole width for rows <= 8, straight from packed F32, F16 or BF16 of one or two row groups.
-  void (*float_matvec)(QuantType type, const void* a, const void* b, int64_t cols, const float* x,
-                       int64_t chunk_stride, int rows, float* sums);
+  void (*float_matvec)(QuantType type, const void* a, const void* b, int64_t cols, const float* x, int64_t chunk_stride,
+                       int rows, float* sums);
   void (*silu_mul)(const float* gate, const float* up, float* out);  // 16 lanes
-  double (*int8_rate_loop)(int64_t turns);   // multiply-adds done (for the rate probes)
+  double (*int8_rate_loop)(int64_t turns);                           // multiply-adds done (for the rate probes)
   double (*float_rate_loop)(int64_t turns);
   float (*read_loop)(const float* data, int64_t n);
 };

@@ -3,7 +3,8 @@
 
 inline constexpr int div_up(int64_t a, int b) { return int((a + b - 1) / b); }
 
-// --- Codes: how a type's planes become eight vectors of codes, and its header scales and minimums ---------------------
+// --- Codes: how a type's planes become eight vectors of codes, and its header scales and minimums
+// ---------------------
 
 using B = Lanes::B;
 using F = Lanes::F;
@@ -13,7 +14,7 @@ inline void load_8_bits(const uint8_t* p, B* w) {
   for (int j = 0; j < 8; ++j) w[j] = Lanes::load_bytes(p + 64 * j);
 }
 inline void load_4_bits(const uint8_t* p, B* w) {
-#pragma GCC unroll 4
+#pragma GCC unroll Lanes::kUnroll
   for (int j = 0; j < 4; ++j) {
     const B v = Lanes::load_bytes(p + 64 * j);
     w[j] = Lanes::bits<0>(v, 15), w[j + 4] = Lanes::bits<-4>(v, 15);
@@ -21,7 +22,7 @@ inline void load_4_bits(const uint8_t* p, B* w) {
 }
 template <int kTo>  // bit where the plane's lowest bit lands
 inline void load_2_bits(const uint8_t* p, B* w) {
-#pragma GCC unroll 2
+#pragma GCC unroll Lanes::kUnroll
   for (int v = 0; v < 2; ++v) {
     const B x = Lanes::load_bytes(p + 64 * v);
     w[4 * v] = Lanes::bits<kTo>(x, 3 << kTo), w[4 * v + 1] = Lanes::bits<kTo - 2>(x, 3 << kTo);
@@ -145,7 +146,8 @@ struct CodesQ2_K : CodeBase<QuantType::Q2_K, 256, 2, true, -1> {
   }
 };
 
-// --- The dot product of 32 columns -------------------------------------------------------------------------------------
+// --- The dot product of 32 columns
+// -------------------------------------------------------------------------------------
 
 template <class Code>
 inline I start_sum(const ActivationChunk& x, int g, int sub) {
@@ -196,13 +198,13 @@ void matvec_rows(const uint8_t* group, int64_t header_area, int64_t cols, const 
     F scale[2], minimum[2] = {Lanes::zero(), Lanes::zero()};
     Code::codes(p, w);
     Code::scales(header_of<Code>(group, i), g, scale, minimum);
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
     for (int r = 0; r < kRows; ++r) {
       const ActivationChunk& xr = chunk[r];
-#pragma GCC unroll 2
+#pragma GCC unroll Lanes::kUnroll
       for (int sub = 0; sub < Code::kSubs; ++sub) {
         I sum = start_sum<Code>(xr, g, sub);
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
         for (int j = 0; j < kQuads; ++j)
           sum = dot<Code>(sum, w[sub * kQuads + j], Lanes::quad(xr.q + 32 * g + 4 * (sub * kQuads + j)));
         total[r] = accumulate<Code>(total[r], sum, scale[sub], minimum[sub], xr, g, sub);
@@ -216,6 +218,10 @@ template <class Code>
 void matvec(const uint8_t* group, int64_t header_area, int64_t cols, const ActivationChunk* x, int64_t chunk_stride,
             int rows, float* sums) {
   int r = 0;
+  if constexpr (Lanes::kTileRows == 1) {
+    for (; r < rows; ++r) matvec_rows<Code, 1>(group, header_area, cols, x + r, chunk_stride, sums + r * kSumStride);
+    return;
+  }
   for (; r + 4 <= rows; r += 4)
     matvec_rows<Code, 4>(group, header_area, cols, x + r, chunk_stride, sums + r * kSumStride);
   if (r + 2 <= rows) {
@@ -250,27 +256,27 @@ inline void register_tile(const UnpackedGroup* a, const UnpackedGroup* b, int gr
     for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::load(sums + r * kSumStride + n * kLanes);
   for (int g = 0; g < groups; ++g) {
     const UnpackedGroup* w[2] = {a + g, b + g};
-#pragma GCC unroll 2
+#pragma GCC unroll Lanes::kUnroll
     for (int sub = 0; sub < Code::kSubs; ++sub) {
       I sum[kRows][kGroups];
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
       for (int r = 0; r < kRows; ++r)
         for (int n = 0; n < kGroups; ++n) sum[r][n] = start_sum<Code>(x[r], g, sub);
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
       for (int j = sub * kQuads; j < (sub + 1) * kQuads; ++j) {
         B codes[kGroups];
         for (int n = 0; n < kGroups; ++n) codes[n] = Lanes::load_bytes(w[n]->codes + 64 * j);
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
         for (int r = 0; r < kRows; ++r) {
           const Lanes::X quad = Lanes::quad(x[r].q + 32 * g + 4 * j);
           for (int n = 0; n < kGroups; ++n) sum[r][n] = dot<Code>(sum[r][n], codes[n], quad);
         }
       }
-#pragma GCC unroll 2
+#pragma GCC unroll Lanes::kUnroll
       for (int n = 0; n < kGroups; ++n) {
         const F scale = Lanes::load(w[n]->scale[sub]);
         const F minimum = Code::kMinimum ? Lanes::load(w[n]->minimum[sub]) : Lanes::zero();
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
         for (int r = 0; r < kRows; ++r)
           total[r][n] = accumulate<Code>(total[r][n], sum[r][n], scale, minimum, x[r], g, sub);
       }
@@ -293,8 +299,7 @@ void tile_rows(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const
 }
 
 template <class Code>
-void tile(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const ActivationChunk* x, int rows,
-          float* sums) {
+void tile(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const ActivationChunk* x, int rows, float* sums) {
   if (b) {
     tile_rows<Code, 2>(a, b, groups, x, rows, sums);
   } else {
@@ -318,19 +323,32 @@ const CodeKernels* kernels_of() {
 
 const CodeKernels* codes(QuantType type) {
   switch (type) {
-    case QuantType::Q8_0: return kernels_of<CodesQ8_0>();
-    case QuantType::Q4_0: return kernels_of<CodesQ4_0>();
-    case QuantType::Q4_1: return kernels_of<CodesQ4_1>();
-    case QuantType::Q5_0: return kernels_of<CodesQ5_0>();
-    case QuantType::Q5_1: return kernels_of<CodesQ5_1>();
-    case QuantType::Q2_K: return kernels_of<CodesQ2_K>();
-    case QuantType::Q3_K: return kernels_of<CodesQ3_K>();
-    case QuantType::Q4_K: return kernels_of<CodesQ4_K>();
-    case QuantType::Q5_K: return kernels_of<CodesQ5_K>();
-    case QuantType::Q6_K: return kernels_of<CodesQ6_K>();
-    case QuantType::IQ4_NL: return kernels_of<CodesIQ4_NL>();
-    case QuantType::IQ4_XS: return kernels_of<CodesIQ4_XS>();
-    default: return nullptr;
+    case QuantType::Q8_0:
+      return kernels_of<CodesQ8_0>();
+    case QuantType::Q4_0:
+      return kernels_of<CodesQ4_0>();
+    case QuantType::Q4_1:
+      return kernels_of<CodesQ4_1>();
+    case QuantType::Q5_0:
+      return kernels_of<CodesQ5_0>();
+    case QuantType::Q5_1:
+      return kernels_of<CodesQ5_1>();
+    case QuantType::Q2_K:
+      return kernels_of<CodesQ2_K>();
+    case QuantType::Q3_K:
+      return kernels_of<CodesQ3_K>();
+    case QuantType::Q4_K:
+      return kernels_of<CodesQ4_K>();
+    case QuantType::Q5_K:
+      return kernels_of<CodesQ5_K>();
+    case QuantType::Q6_K:
+      return kernels_of<CodesQ6_K>();
+    case QuantType::IQ4_NL:
+      return kernels_of<CodesIQ4_NL>();
+    case QuantType::IQ4_XS:
+      return kernels_of<CodesIQ4_XS>();
+    default:
+      return nullptr;
   }
 }
 
@@ -346,7 +364,7 @@ inline void float_register_tile(const float* a, const float* b, int depth, const
   for (int k = 0; k < depth; ++k) {
     F weight[kGroups];
     for (int n = 0; n < kGroups; ++n) weight[n] = Lanes::load(w[n] + k * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
     for (int r = 0; r < kRows; ++r) {
       const F value = Lanes::splat(x[r * x_stride + k]);
       for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::fma(weight[n], value, total[r][n]);
@@ -357,8 +375,7 @@ inline void float_register_tile(const float* a, const float* b, int depth, const
 }
 
 template <int kGroups>
-void float_tile_rows(const float* a, const float* b, int depth, const float* x, int64_t stride, int rows,
-                     float* sums) {
+void float_tile_rows(const float* a, const float* b, int depth, const float* x, int64_t stride, int rows, float* sums) {
   constexpr int kStep = Lanes::kFloatTileRows;
   int r = 0;
   for (; r + kStep <= rows; r += kStep)
@@ -389,12 +406,11 @@ void float_matvec_rows(const void* a, const void* b, int64_t cols, const float* 
     for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::zero();
   for (int64_t k0 = 0; k0 < cols; k0 += kChunk, x += chunk_stride) {
     const int depth = int(cols - k0 < kChunk ? cols - k0 : kChunk);
-#pragma GCC unroll 4
+#pragma GCC unroll Lanes::kUnroll
     for (int k = 0; k < depth; ++k) {
       for (int n = 0; n < kGroups; ++n) {
         const F weight = load_weights<kType>(w[n], k0 + k);
-        for (int r = 0; r < kRows; ++r)
-          total[r][n] = Lanes::fma(weight, Lanes::splat(x[r * kChunk + k]), total[r][n]);
+        for (int r = 0; r < kRows; ++r) total[r][n] = Lanes::fma(weight, Lanes::splat(x[r * kChunk + k]), total[r][n]);
       }
     }
   }
@@ -435,7 +451,8 @@ void widen(QuantType type, const void* source, int depth, float* out) {
                                                           : load_weights<QuantType::BF16>(source, k));
 }
 
-// --- Activations -------------------------------------------------------------------------------------------------------
+// --- Activations
+// -------------------------------------------------------------------------------------------------------
 
 // Sums in 16 lanes, then halves: one order at every level.
 inline float inverse_rms(const float* x, int64_t cols, float eps) {
@@ -511,7 +528,8 @@ void quantize_row(const float* x, int64_t cols, const float* norm_weight, float 
   }
 }
 
-// exp(x) for |x| <= 87 by 2^n * e^r, |r| <= ln(2)/2, with a degree-6 Taylor polynomial: about 2 units in the last place.
+// exp(x) for |x| <= 87 by 2^n * e^r, |r| <= ln(2)/2, with a degree-6 Taylor polynomial: about 2 units in the last
+// place.
 inline F exponential(F x) {
   x = Lanes::clamp(x, -87.0f, 87.0f);
   const F n = Lanes::round(Lanes::mul(x, Lanes::splat(1.44269504f)));
@@ -535,7 +553,8 @@ void silu_mul(const float* gate, const float* up, float* out) {
   Lanes::store(out, Lanes::mul(Lanes::div(x, sigmoid_inverse), Lanes::load(up)));
 }
 
-// --- Probes ----------------------------------------------------------------------------------------------------------------
+// --- Probes
+// ----------------------------------------------------------------------------------------------------------------
 
 double int8_rate_loop(int64_t turns) {
   constexpr int kChains = 8;
@@ -547,7 +566,7 @@ double int8_rate_loop(int64_t turns) {
   I sum[kChains];
   for (auto& s : sum) s = Lanes::izero();
   for (int64_t t = 0; t < turns; ++t) {
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
     for (int c = 0; c < kChains; ++c) sum[c] = Lanes::dot(sum[c], codes, x);
   }
   float out[kLanes];
@@ -564,7 +583,7 @@ double float_rate_loop(int64_t turns) {
   F sum[kChains];
   for (auto& s : sum) s = w;
   for (int64_t t = 0; t < turns; ++t) {
-#pragma GCC unroll 8
+#pragma GCC unroll Lanes::kUnroll
     for (int c = 0; c < kChains; ++c) sum[c] = Lanes::fma(sum[c], w, w);
   }
   float out[kLanes];

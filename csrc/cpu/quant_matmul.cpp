@@ -150,9 +150,10 @@ void float_sums(const Pass& pass, const Job& job, ThreadScratch& scratch, float*
   const int rows = static_cast<int>(pass.rows);
   const bool pair = job.part_b != nullptr;
   const int64_t stride = pass.rows * kChunk;
-  if (pass.matvec() && job.part_a->storage() == Storage::kFloats && (!pair || job.part_b->type() == job.part_a->type())) {
-    k.float_matvec(job.part_a->type(), job.part_a->group(job.group_a),
-                   pair ? job.part_b->group(job.group_b) : nullptr, pass.cols, pass.floats, stride, rows, sums);
+  if (pass.matvec() && job.part_a->storage() == Storage::kFloats &&
+      (!pair || job.part_b->type() == job.part_a->type())) {
+    k.float_matvec(job.part_a->type(), job.part_a->group(job.group_a), pair ? job.part_b->group(job.group_b) : nullptr,
+                   pass.cols, pass.floats, stride, rows, sums);
     return;
   }
   auto* tile_a = scratch.tile_a.get<float>(kChunk * kLanes);
@@ -257,8 +258,7 @@ void quant_matmul(const QuantMatmul& call) {
       for (int64_t r = begin; r < end; ++r) {
         const float* x = call.x + (first + r) * cols;
         if (int8) k.quantize_row(x, cols, call.norm_weight, call.norm_eps, int8 + r, pass.rows);
-        if (floats)
-          k.normalize_row(x, cols, call.norm_weight, call.norm_eps, floats + r * kChunk, pass.rows * kChunk);
+        if (floats) k.normalize_row(x, cols, call.norm_weight, call.norm_eps, floats + r * kChunk, pass.rows * kChunk);
       }
     };
     parallel_for(pass.rows, 4, prepare);

@@ -160,8 +160,8 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
-std::mutex pool_mutex;      // held for a whole phase: callers take turns
-std::unique_ptr<Pool> pool; // made at first use
+std::mutex pool_mutex;       // held for a whole phase: callers take turns
+std::unique_ptr<Pool> pool;  // made at first use
 std::atomic<int> wanted_threads{0};
 
 // Threads do not survive fork(): the child forgets the pool (its memory is lost, once) and makes a new one when needed.
