@@ -1,0 +1,105 @@
+"""Time of ``quant_matmul`` by weight type and rows of activations, beside the ceilings of the machine: one JSON row each.
+
+    python -m benchmarks.ops.quant_matmul --types Q8_0 Q4_K --rows 1 512 --shape 3072x1024
+
+The matrices of a round together are larger than the caches, and a round uses each once, so that one row of activations
+measures memory. ``roofline`` is the share of the slower of the two ceilings: bytes over read bandwidth, operations over
+the multiply rate of the type's arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+
+import numpy as np
+import torch
+
+from helexa_engine.cli import machine
+from helexa_engine.ops.quant_matmul import native
+from helexa_engine.ops.registry import require_native
+from helexa_engine.quant import types
+from helexa_engine.quant.types import QuantType
+
+WORKING_SET = 96 << 20  # bytes
+DEFAULT_TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+_native = require_native()
+
+
+def random_weights(quant_type: QuantType, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:
+    """Bytes of a tensor: normal values for float types, random blocks (time does not depend on the codes) for others."""
+    size = rows * quant_type.row_bytes(cols)
+    if not quant_type.is_float:
+        return rng.integers(0, 256, size, dtype=np.uint8) & np.uint8(0x3F)  # scales stay finite
+    values = rng.standard_normal(rows * cols, dtype=np.float32)
+    if quant_type is types.BF16:
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    return values.astype({4: np.float32, 2: np.float16, 8: np.float64}[quant_type.block_bytes]).view(np.uint8)
+
+
+def measure(quant_type: QuantType, out_features: int, in_features: int, rows: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a call, with the bytes and operations it takes."""
+    rng = np.random.default_rng(0)
+    weight_bytes = out_features * quant_type.row_bytes(in_features)
+    count = max(1, math.ceil(WORKING_SET / weight_bytes)) if rows <= 8 else 2
+    weights = [
+        native.pack(quant_type, random_weights(quant_type, out_features, in_features, rng), out_features, in_features)
+        for _ in range(count)
+    ]
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0))
+    out = torch.empty(rows, out_features)
+    seconds = []
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        for weight in weights:
+            native.quant_matmul(x, [weight], out=out)
+        if repeat:  # the first round warms up
+            seconds.append((time.perf_counter() - start) / count)
+    return {
+        "seconds": statistics.median(seconds),
+        "bytes": weights[0].nbytes,
+        "operations": 2.0 * rows * out_features * in_features,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", default=DEFAULT_TYPES, metavar="TYPE")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 512])
+    parser.add_argument("--shape", default="3072x1024", help="output x input features of the weights")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    out_features, in_features = (int(n) for n in arguments.shape.split("x"))
+    bandwidth, int8_rate, float_rate = _native.read_bandwidth(), _native.int8_rate(), _native.float_rate()
+    for name in arguments.types:
+        quant_type = types.by_name(name)
+        if quant_type is None:
+            parser.error(f"argument --types: {name!r} is no tensor type")
+        rate = float_rate if quant_type.is_float else int8_rate
+        for rows in arguments.rows:
+            result = measure(quant_type, out_features, in_features, rows, arguments.repeats)
+            ceiling = max(result["bytes"] / bandwidth, result["operations"] / rate)
+            row = {
+                "benchmark": "quant_matmul",
+                "type": name,
+                "shape": arguments.shape,
+                "rows": rows,
+                "seconds": result["seconds"],
+                "gigabytes_per_second": result["bytes"] / result["seconds"] / 1e9,
+                "gigaflops": result["operations"] / result["seconds"] / 1e9,
+                "roofline": ceiling / result["seconds"],
+                "read_gigabytes_per_second": bandwidth / 1e9,
+                "multiply_gigaflops": rate / 1e9,
+                "instruction_set": _native.cpu_isa(),
+                "threads": _native.num_threads(),
+                "commit": machine.commit(),
+                "machine": machine.describe(),
+            }
+            print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
