@@ -27,6 +27,11 @@ Thinking = Literal["no", "open", "may_open"]
 _CACHED_GRAMMARS = 64
 
 
+#: How JSON is laid out. White space between tokens is bounded: a small model can otherwise fill its whole context with it.
+_JSON = {"whitespace_pattern": r"\n?[ ]{0,32}"}
+_LENIENT = _JSON | {"lenient": True}
+
+
 class GrammarFailed(HelexaError):
     """The grammar ran out of its bounds on work or states while an answer was generated."""
 
@@ -162,7 +167,7 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         grammars: dict[str, Any] = {
-            "json_schema": LLMatcher.grammar_from_json_schema,
+            "json_schema": lambda schema: LLMatcher.grammar_from_json_schema(schema, overrides=_JSON),
             "regex": LLMatcher.grammar_from_regex,
             "lark": LLMatcher.grammar_from_lark,
         }
@@ -209,7 +214,7 @@ def _json_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
                 "additionalProperties": False,
             }
         )
-    schema = {"anyOf": branches, "$defs": definitions, "x-guidance": {"lenient": True}}
+    schema = {"anyOf": branches, "$defs": definitions, "x-guidance": _LENIENT}
     begin, end = _tag(OPEN_CALL, special), _tag(CLOSE_CALL, special)
     return f'start: call ("\\n" call)*\ncall: {begin} "\\n" object "\\n" {end}\nobject: %json {json.dumps(schema)}\n'
 
@@ -227,7 +232,7 @@ def _xml_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
             if isinstance(schema, Mapping) and schema.get("type") not in (None, "string"):
                 value, _ = _hoisted(schema, "")
                 value["$defs"] = parameters.get("$defs", {})
-                value["x-guidance"] = {"lenient": True}
+                value["x-guidance"] = _LENIENT
                 rules.append(f"{rule}: %json {json.dumps(value)} {tail}")
             else:
                 rules.append(f"{rule}[suffix={tail}]: /(?s:.*)/")

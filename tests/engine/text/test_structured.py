@@ -118,6 +118,20 @@ def test_mask_and_logits_agree(compiler, tokenizer):
     assert bits == list(allowed(state, tokenizer.vocab_size)) and any(bits) and not all(bits)
 
 
+@pytest.mark.parametrize("spec", [StructuredOutput(json_schema=SCHEMA), StructuredOutput(json_object=True)])
+def test_white_space_cannot_go_on_for_ever(compiler, tokenizer, spec):
+    state = compiler.compile(spec)
+    [opening] = tokenizer.encode("{")
+    [space] = tokenizer.encode(" ")
+    state.accept(opening)
+    taken = 0
+    while allowed(state, tokenizer.vocab_size)[space]:
+        state.accept(space)
+        taken += 1
+        assert taken <= 32
+    assert taken > 8
+
+
 def test_grammar_begins_after_thinking(compiler, tokenizer):
     spec = StructuredOutput(json_schema=SCHEMA)
     answer = '{"city": "Paris", "days": 3}'
