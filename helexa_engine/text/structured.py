@@ -28,8 +28,8 @@ _CACHED_GRAMMARS = 64
 
 
 #: How JSON is laid out. White space between tokens is bounded: a small model can otherwise fill its whole context with it.
-_JSON = {"whitespace_pattern": r"\n?[ ]{0,32}"}
-_LENIENT = _JSON | {"lenient": True}
+_JSON: Any = {"whitespace_pattern": r"\n?[ ]{0,32}"}
+_LENIENT: Any = _JSON | {"lenient": True}
 
 
 class GrammarFailed(HelexaError):
