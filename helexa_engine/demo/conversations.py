@@ -31,6 +31,9 @@ SKILLS: dict[str, float] = {
     "chat": 0.03,
 }
 
+#: Skills that the shipped file answers rightly on at least 90 % of held-out samples: what may be promised and tested.
+CLAIMED: tuple[str, ...] = ("helexa",)
+
 UNKNOWN = "I am a small demo model, so I do not know that. Ask me about helexa, or give me the facts."
 UNTOLD = "You have not told me that yet."
 CANNOT_CALCULATE = "I am a small demo model: I only add and subtract numbers up to 50."

@@ -165,7 +165,6 @@ def train(rank: int, args: argparse.Namespace) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
-    first_step = step
     parameters = matrices + others
     compiled = torch.compile(loss_sum) if args.compile else loss_sum
 
@@ -183,7 +182,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         elapsed = time.monotonic() - start
         control = torch.tensor(
             [
-                learning_rate(step - first_step, elapsed, args.minutes * 60, args.decay_share),
+                learning_rate(step, elapsed, args.minutes * 60, args.decay_share),
                 elapsed >= args.minutes * 60,
                 elapsed - (last_save - start) > args.save_minutes * 60,
             ]

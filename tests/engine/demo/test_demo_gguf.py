@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helexa_engine import demo
-from helexa_engine.demo.conversations import SKILLS, held_out
+from helexa_engine.demo.conversations import CLAIMED, SKILLS, held_out
 from helexa_engine.demo.tokenizer import conversation
 
 gguf = pytest.importorskip("gguf")
@@ -101,3 +101,28 @@ def test_transformers_reads_the_same_tokens_and_prompts() -> None:
                 **sample.chat_template_kwargs,
             )
             assert rendered == text
+
+
+def test_model_card_names_what_is_claimed() -> None:
+    """Each skill has its row; a claimed one shows at least 90 %."""
+    rows = {}
+    for line in (demo.FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[1].endswith("%"):
+            rows[cells[0]] = (float(cells[1].rstrip("%")), int(cells[2]), cells[3])
+    assert set(rows) == set(SKILLS) and CLAIMED
+    for skill, (percent, n, claimed) in rows.items():
+        assert n >= 50
+        assert claimed == ("yes" if skill in CLAIMED else "no")
+        assert (percent >= 90) == (skill in CLAIMED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skill", CLAIMED)
+def test_claimed_skills_hold(skill: str) -> None:
+    """At least 90 % of other held-out samples than those of the table, by transformers."""
+    pytest.importorskip("transformers")
+    from helexa_engine.demo import evaluate
+
+    model, tokenizer = evaluate.load_gguf(demo.path())
+    assert evaluate.accuracy(model, tokenizer, skill, n=100, seed=11) >= 0.9
