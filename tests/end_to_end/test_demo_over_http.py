@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from helexa_engine.demo.conversations import SKILLS, Sample, held_out
+from helexa_engine.demo.conversations import CLAIMED, SKILLS, Sample, held_out
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,17 @@ def streamed_answer(client: openai.OpenAI, sample: Sample) -> tuple[str, list[tu
 def test_streamed_answer_equals_the_whole(client: openai.OpenAI, skill: str) -> None:
     for sample in held_out(skill, 3, seed=2):
         assert streamed_answer(client, sample) == whole_answer(client, sample)
+
+
+@pytest.mark.parametrize("skill", CLAIMED)
+def test_claimed_skills_hold_over_http(client: openai.OpenAI, skill: str) -> None:
+    samples = held_out(skill, 50, 23)
+    good = 0
+    for sample in samples:
+        message = ask(client, sample).choices[0].message
+        calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+        good += sample.check(message.content or "", calls, getattr(message, "reasoning_content", None) or "")
+    assert good / len(samples) >= 0.9, f"{good} of {len(samples)}"
 
 
 def test_json_on_request(client: openai.OpenAI) -> None:
