@@ -1,0 +1,15 @@
+"""The gated delta rule with everything between the convolution and the output projection in one op: L2 norm of q and k,
+gates, the recurrence over a float32 state, RMSNorm of its output and the SiLU gate.
+
+``gated_delta_rule(qkv, z, b, a, a_coefficient, dt_bias, norm_weight, eps, recurrent_state, state_slots, cu_seqlens, *,
+num_k_heads, num_v_heads, tiled) -> out``; arguments and the layout of the state as in
+:func:`helexa_engine.ops.gated_delta_rule.reference.gated_delta_rule`. Chosen by ``head_k_dim`` and ``head_v_dim``.
+"""
+
+from __future__ import annotations
+
+from ..registry import Op
+
+gated_delta_rule = Op("gated_delta_rule", "helexa_engine.ops.gated_delta_rule.reference")
+
+__all__ = ["gated_delta_rule"]
