@@ -37,6 +37,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("quant_type", [](const PackedMatrix& m) { return static_cast<int>(m.type()); })
       .def_property_readonly("rows", &PackedMatrix::rows)
       .def_property_readonly("cols", &PackedMatrix::cols)
+      .def_property_readonly("stack", &PackedMatrix::stack)
       .def_property_readonly("nbytes", &PackedMatrix::nbytes, "Bytes held, padding of the rows to 16 included.")
       .def(
           "unpack",
@@ -48,13 +49,24 @@ PYBIND11_MODULE(_native, module) {
           py::arg("out"), "Writes the bytes that were packed.");
   module.def(
       "pack",
-      [](int quant_type, uintptr_t source, int64_t rows, int64_t cols) {
+      [](int quant_type, uintptr_t source, int64_t rows, int64_t cols, int64_t stack, int64_t stack_stride) {
         const auto* bytes = pointer<const void>(source, "pack", "source");
         py::gil_scoped_release release;
-        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols);
+        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols, stack, stack_stride);
       },
-      py::arg("quant_type"), py::arg("source"), py::arg("rows"), py::arg("cols"),
-      "Packs rows x cols weights stored as in a GGUF file (quant_type: ggml's number).");
+      py::arg("quant_type"), py::arg("source"), py::arg("rows"), py::arg("cols"), py::arg("stack") = 1,
+      py::arg("stack_stride") = 0,
+      "Packs `stack` matrices of rows x cols weights stored as in a GGUF file (quant_type: ggml's number).");
+  module.def(
+      "map_stack",
+      [](int quant_type, uintptr_t source, int64_t rows, int64_t cols, int64_t stack, int64_t stack_stride,
+         const py::object&) {
+        const auto* bytes = pointer<const void>(source, "map_stack", "source");
+        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols, stack, stack_stride, true);
+      },
+      py::arg("quant_type"), py::arg("source"), py::arg("rows"), py::arg("cols"), py::arg("stack"),
+      py::arg("stack_stride"), py::arg("owner"), py::keep_alive<0, 7>(),
+      "As pack, but row groups are packed as they are used; `owner` keeps the source's memory alive.");
   module.def(
       "quant_matmul",
       [](const std::vector<const PackedMatrix*>& parts, uintptr_t x, int64_t num_rows, uintptr_t out,

@@ -262,20 +262,34 @@ int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
 
 void PackedMatrix::Free::operator()(uint8_t* p) const { std::free(p); }
 
-PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols)
-    : traits_(type_traits(quant_type, "pack")), layout_(packed_layout(traits_.type)), rows_(rows), cols_(cols) {
+PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols, int64_t stack,
+                           int64_t stack_stride, bool mapped)
+    : traits_(type_traits(quant_type, "pack")),
+      layout_(packed_layout(traits_.type)),
+      rows_(rows),
+      cols_(cols),
+      stack_(stack),
+      stack_stride_(stack_stride) {
   check(rows >= 1, "pack", "rows", "at least 1", rows);
+  check(stack >= 1, "pack", "stack", "at least 1", stack);
   if (cols < 1 || cols % traits_.block_size)
     fail(
         "pack", "cols",
         std::string("a positive multiple of the ") + traits_.name + " block size " + std::to_string(traits_.block_size),
         std::to_string(cols));
   row_bytes_ = cols / traits_.block_size * traits_.block_bytes;
+  if (stack_stride_ == 0) stack_stride_ = rows * row_bytes_;
+  check(stack_stride_ >= rows * row_bytes_, "pack", "stack_stride", "a matrix or more", stack_stride_);
   if (layout_.storage == Storage::kCodes) {
     header_area_ = align64(cols / traits_.block_size * layout_.header_bytes);
     group_bytes_ = header_area_ + cols / 32 * layout_.code_bytes();
   } else {
     group_bytes_ = align64(kLanes * row_bytes_);
+  }
+  const auto* bytes = static_cast<const uint8_t*>(source);
+  if (mapped) {
+    mapped_ = bytes;
+    return;
   }
   const size_t alignment = nbytes() >= (4 << 20) ? size_t(2) << 20 : 64;
   const size_t size = (size_t(nbytes()) + alignment - 1) / alignment * alignment;
@@ -285,17 +299,16 @@ PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int
   // Fewer page-table walks while streaming. A refusal costs speed only. The tail beyond the data is not touched.
   if (alignment > 64) (void)madvise(data_.get(), size_t(nbytes()) / alignment * alignment, MADV_HUGEPAGE);
 #endif
-  const auto* bytes = static_cast<const uint8_t*>(source);
-  parallel_for(groups(), 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t g = begin; g < end; ++g) pack_group(g, bytes);
+  parallel_for(stack_ * groups(), 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i)
+      pack_group(i % groups(), bytes + i / groups() * stack_stride_, data_.get() + i * group_bytes_);
   });
 }
 
-void PackedMatrix::pack_group(int64_t g, const uint8_t* source) {
-  uint8_t* out = data_.get() + g * group_bytes_;
+void PackedMatrix::pack_group(int64_t g, const uint8_t* matrix, uint8_t* out) const {
   std::memset(out, 0, size_t(group_bytes_));  // rows beyond the last are zero
-  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, rows_ - g * kLanes));
-  source += g * kLanes * row_bytes_;
+  const int lanes = this->lanes(g);
+  const uint8_t* source = matrix + g * kLanes * row_bytes_;
   if (layout_.storage == Storage::kBlocks) {
     std::memcpy(out, source, size_t(lanes * row_bytes_));
     return;
@@ -327,8 +340,12 @@ void PackedMatrix::pack_group(int64_t g, const uint8_t* source) {
   });
 }
 
-void PackedMatrix::unpack_row(int64_t row, uint8_t* out) const {
-  const uint8_t* in = group(row / kLanes);
+void PackedMatrix::unpack_row(int64_t row, int64_t member, uint8_t* out) const {
+  if (mapped()) {
+    std::memcpy(out, mapped_ + member * stack_stride_ + row * row_bytes_, size_t(row_bytes_));
+    return;
+  }
+  const uint8_t* in = group(row / kLanes, member);
   const int r = static_cast<int>(row % kLanes);
   if (layout_.storage == Storage::kBlocks) {
     std::memcpy(out, in + r * row_bytes_, size_t(row_bytes_));
@@ -359,15 +376,15 @@ void PackedMatrix::unpack_row(int64_t row, uint8_t* out) const {
 
 void PackedMatrix::unpack(void* destination) const {
   auto* out = static_cast<uint8_t*>(destination);
-  parallel_for(rows_, kLanes, [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) unpack_row(row, out + row * row_bytes_);
+  parallel_for(stack_ * rows_, kLanes, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin; row < end; ++row) unpack_row(row % rows_, row / rows_, out + row * row_bytes_);
   });
 }
 
 void PackedMatrix::dequantize_row(int64_t row, float* out) const {
   thread_local std::vector<uint8_t> blocks;
   blocks.resize(size_t(row_bytes_));
-  unpack_row(row, blocks.data());
+  unpack_row(row, 0, blocks.data());
   helexa::dequantize_row(traits_, blocks.data(), cols_, out);
 }
 

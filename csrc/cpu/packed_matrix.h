@@ -66,35 +66,51 @@ constexpr PackedLayout packed_layout(QuantType type) {
   }
 }
 
+// A matrix, or a stack of equal ones (the experts of a layer): each begins at a row group of its own.
 class PackedMatrix {
  public:
-  // Packs `rows` x `cols` weights stored as in a GGUF file. Throws std::invalid_argument for an unknown type or a shape
-  // that is not a whole number of blocks, std::bad_alloc when memory is short.
-  PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols);
+  // Packs `stack` matrices of `rows` x `cols` weights stored as in a GGUF file, the first byte of each `stack_stride`
+  // bytes after the one before (0: they follow each other). `mapped` packs nothing: the source must outlive this, and
+  // row groups are packed one by one as they are used. Throws std::invalid_argument for an unknown type or a shape that
+  // is not a whole number of blocks, std::bad_alloc when memory is short.
+  PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols, int64_t stack = 1,
+               int64_t stack_stride = 0, bool mapped = false);
 
-  void unpack(void* destination) const;                // the bytes that were packed
-  void dequantize_row(int64_t row, float* out) const;  // exact
+  void unpack(void* destination) const;                // the bytes that were packed, matrix after matrix
+  void dequantize_row(int64_t row, float* out) const;  // of the first matrix; exact
 
   const TypeTraits& traits() const { return traits_; }
   QuantType type() const { return traits_.type; }
   Storage storage() const { return layout_.storage; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
-  int64_t groups() const { return (rows_ + kLanes - 1) / kLanes; }
-  int64_t nbytes() const { return groups() * group_bytes_; }
+  int64_t stack() const { return stack_; }
+  bool mapped() const { return mapped_ != nullptr; }
+  int64_t groups() const { return (rows_ + kLanes - 1) / kLanes; }  // of one matrix
+  int64_t group_bytes() const { return group_bytes_; }
+  int64_t nbytes() const { return mapped() ? 0 : stack_ * groups() * group_bytes_; }
   int64_t header_area() const { return header_area_; }
-  const uint8_t* group(int64_t g) const { return data_.get() + g * group_bytes_; }
+  int lanes(int64_t g) const { return int(rows_ - g * kLanes < kLanes ? rows_ - g * kLanes : kLanes); }
+  // Row group g of matrix `member`; not of a mapped matrix.
+  const uint8_t* group(int64_t g, int64_t member = 0) const {
+    return data_.get() + (member * groups() + g) * group_bytes_;
+  }
+  // The same of a mapped one, packed into `out` [group_bytes()], 64-byte aligned.
+  void pack_mapped_group(int64_t g, int64_t member, uint8_t* out) const {
+    pack_group(g, mapped_ + member * stack_stride_, out);
+  }
 
  private:
-  void pack_group(int64_t g, const uint8_t* source);
-  void unpack_row(int64_t row, uint8_t* out) const;
+  void pack_group(int64_t g, const uint8_t* matrix, uint8_t* out) const;
+  void unpack_row(int64_t row, int64_t member, uint8_t* out) const;
 
   struct Free {
     void operator()(uint8_t* p) const;
   };
   const TypeTraits& traits_;
   PackedLayout layout_;
-  int64_t rows_, cols_, row_bytes_, header_area_ = 0, group_bytes_ = 0;
+  int64_t rows_, cols_, stack_, stack_stride_, row_bytes_, header_area_ = 0, group_bytes_ = 0;
+  const uint8_t* mapped_ = nullptr;
   std::unique_ptr<uint8_t[], Free> data_;
 };
 

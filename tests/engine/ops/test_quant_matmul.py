@@ -153,6 +153,23 @@ def test_packing_is_reversible_and_small(quant_type: QuantType) -> None:
         assert packed.nbytes <= max(padded_rows * quant_type.row_bytes(cols) * 1.05, 0) + 64
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "F16", "IQ2_S"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_stack_holds_what_was_packed_and_is_no_part(name: str, mapped: bool) -> None:
+    quant_type, stack, rows, cols = types.by_name(name), 3, 20, 256
+    data = raw_weights(quant_type, stack * (rows + 4), cols).reshape(stack, rows + 4, -1)
+    stride = data[0].nbytes  # each matrix of the stack is the first rows of a taller one
+    arguments = (quant_type.number, data.ctypes.data, rows, cols, stack, stride)
+    packed = _native.map_stack(*arguments, data) if mapped else _native.pack(*arguments)
+    back = np.zeros_like(data[:, :rows])
+    packed.unpack(back.ctypes.data)
+    np.testing.assert_array_equal(back, data[:, :rows])
+    assert (packed.stack, packed.rows, packed.cols) == (stack, rows, cols)
+    assert (packed.nbytes == 0) == mapped
+    with pytest.raises(ValueError, match="parts: expected single matrices, not a stack, got 3"):
+        native.quant_matmul(activations(1, cols), [packed])
+
+
 @pytest.mark.parametrize("quant_type", STORED, ids=str)
 def test_embedding_rows_are_exact(quant_type: QuantType) -> None:
     rows, cols = 37, 2 * max(quant_type.block_size, 32)
