@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..quant import types
+from ..quant import mixes, types
+from ..quant.mixes import Mix
 from ..quant.quantize import quantize
 from ..quant.types import QuantType
 from ..weights.gguf_names import gguf_name
@@ -136,8 +137,8 @@ def write_qwen3_folder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def write_gguf(folder: Path, path: Path, quant_type: QuantType = types.F32) -> Path:
-    """The model of a folder that :func:`write_qwen3_folder` wrote, as a GGUF file with its matrices in ``quant_type``."""
+def write_gguf(folder: Path, path: Path, quant: QuantType | Mix = types.F32) -> Path:
+    """The model of a folder that :func:`write_qwen3_folder` wrote, as a GGUF file: its matrices in one type, or in a mix."""
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
@@ -171,12 +172,28 @@ def write_gguf(folder: Path, path: Path, quant_type: QuantType = types.F32) -> P
         "tokenizer.chat_template": CHAT_TEMPLATE,
         "general.sampling.temp": 0.0,
     }
+    if isinstance(quant, Mix):
+        metadata["general.file_type"] = quant.file_type
     with GGUFWriter(path, metadata) as writer:
         for hf_name, tensor in load_file(folder / "model.safetensors").items():
             name, values = gguf_name(hf_name), tensor.float().numpy()
             assert name is not None
-            if values.ndim == 1 or quant_type is types.F32:
+            quant_type = _stored_type(quant, hf_name, values.shape, config)
+            if quant_type is types.F32:
                 writer.add_tensor(name, types.F32, values.shape, values)
             else:
                 writer.add_tensor(name, quant_type, values.shape, quantize(values, quant_type))
     return path
+
+
+def _stored_type(quant: QuantType | Mix, hf_name: str, shape: tuple[int, ...], config: dict[str, Any]) -> QuantType:
+    if isinstance(quant, QuantType):
+        return quant if len(shape) > 1 else types.F32
+    return mixes.quant_type_for(
+        quant,
+        hf_name,
+        shape,
+        num_layers=config["num_hidden_layers"],
+        gqa_ratio=config["num_attention_heads"] // config["num_key_value_heads"],
+        tied=config["tie_word_embeddings"],
+    )
