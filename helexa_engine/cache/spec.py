@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -27,18 +28,70 @@ class AttentionCacheSpec:
         """Bytes of one page, keys and values."""
         return 2 * self.num_kv_heads * self.page_size * self.head_dim * (4 if self.dtype == "float32" else 2)
 
-    def allocate(self, num_pages: int) -> LayerCache:
+    def allocate(self, num_pages: int) -> AttentionCache:
         """Zeroed keys and values [num_pages, num_kv_heads, page_size, head_dim]."""
         import torch
 
         shape = (num_pages, self.num_kv_heads, self.page_size, self.head_dim)
         dtype = getattr(torch, self.dtype)
-        return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        return AttentionCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
 
 @dataclass(slots=True)
-class LayerCache:
+class AttentionCache:
     """``k`` and ``v``: [num_pages, num_kv_heads, page_size, head_dim], float16 or float32."""
 
     k: torch.Tensor
     v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StateCacheSpec:
+    """The states of one gated delta net layer: a slot for each running sequence, whatever its length.
+
+    States are float32: rounding them from token to token drifts.
+    """
+
+    conv_channels: int
+    conv_kernel: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot, both states."""
+        conv = (self.conv_kernel - 1) * self.conv_channels
+        return 4 * (conv + self.num_v_heads * self.head_k_dim * self.head_v_dim)
+
+    def allocate(self, num_slots: int) -> StateCache:
+        """Zeroed states of ``num_slots`` slots."""
+        import torch
+
+        return StateCache(
+            torch.zeros(num_slots, self.conv_kernel - 1, self.conv_channels),
+            torch.zeros(num_slots, self.num_v_heads, self.head_k_dim, self.head_v_dim),
+        )
+
+
+@dataclass(slots=True)
+class StateCache:
+    """What a gated delta net layer remembers of each slot, float32.
+
+    Attributes:
+        conv_state: [num_slots, conv_kernel - 1, conv_channels], the convolution's last inputs, oldest first.
+        recurrent_state: [num_slots, num_v_heads, head_k_dim, head_v_dim].
+    """
+
+    conv_state: torch.Tensor
+    recurrent_state: torch.Tensor
+
+    def clear(self, slots: Sequence[int]) -> None:
+        """The state of a sequence that has not begun."""
+        for slot in slots:
+            self.conv_state[slot].zero_()
+            self.recurrent_state[slot].zero_()
+
+
+CacheSpec = AttentionCacheSpec | StateCacheSpec
+LayerCache = AttentionCache | StateCache

@@ -6,10 +6,13 @@ import argparse
 import json
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TemplateRenderFailed, UnsupportedCheckpoint
 from .options import model_path
+
+if TYPE_CHECKING:
+    from ..weights.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,16 +53,34 @@ def describe(model: str) -> dict[str, Any]:
             "bits_per_weight": round(8 * nbytes.total() / parameters.total(), 2),
             "types": {name: {"parameters": parameters[name], "bytes": count} for name, count in nbytes.most_common()},
             "layers": checkpoint.num_layers,
+            "delta_net_layers": _count_delta_nets(checkpoint),
             "hidden_size": config["hidden_size"],
-            "intermediate_size": config["intermediate_size"],
+            "intermediate_size": config.get("intermediate_size"),
+            "experts": _experts(config),
             "attention_heads": heads,
             "kv_heads": config.get("num_key_value_heads", heads),
             "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
             "context": config["max_position_embeddings"],
             "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
+            "unused": {
+                kind: {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}
+                for kind, tensors in checkpoint.unused.items()
+            },
             "sampling_defaults": {k: v for k, v in checkpoint.generation_config.items() if not k.endswith("token_id")},
             "template": _capabilities(checkpoint.chat_template),
         }
+
+
+def _count_delta_nets(checkpoint: Checkpoint) -> int:
+    return sum(name.endswith(".linear_attn.out_proj.weight") for name in checkpoint.tensor_names())
+
+
+def _experts(config: dict[str, Any]) -> dict[str, int] | None:
+    """The mixture of experts; None without one."""
+    if not config.get("num_experts"):
+        return None
+    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+    return {key: config.get(key) or 0 for key in keys}
 
 
 def _capabilities(template: str | None) -> list[str] | None:
@@ -97,18 +118,40 @@ def report(facts: dict[str, Any]) -> str:
         ("types", types),
         (
             "shape",
-            f"{facts['layers']} layers, hidden {facts['hidden_size']}, feed-forward {facts['intermediate_size']}, "
+            f"{facts['layers']} layers{_mixers(facts)}, hidden {facts['hidden_size']}, {_feed_forward(facts)}, "
             f"{facts['attention_heads']} heads over {facts['kv_heads']} KV heads of {facts['head_dim']}, "
             f"{'tied' if facts['tied_embeddings'] else 'separate'} output head",
         ),
         ("context", f"{facts['context']} tokens"),
         ("template", "none: chat is not possible" if template is None else ", ".join(template) or "plain turns"),
     ]
+    if facts["unused"]:
+        kinds = (
+            f"{kind} ({entry['tensors']} tensors, {entry['bytes'] / 1e6:.1f} MB)"
+            for kind, entry in facts["unused"].items()
+        )
+        lines.append(("not used", ", ".join(kinds)))
     if facts["sampling_defaults"]:
         lines.append(
             ("sampling", ", ".join(f"{key} {_short(value)}" for key, value in facts["sampling_defaults"].items()))
         )
     return "\n".join(f"{title:>13}  {text}" for title, text in lines)
+
+
+def _mixers(facts: dict[str, Any]) -> str:
+    count = facts["delta_net_layers"]
+    return f" ({facts['layers'] - count} of attention, {count} of gated delta net)" if count else ""
+
+
+def _feed_forward(facts: dict[str, Any]) -> str:
+    experts = facts["experts"]
+    if experts is None:
+        return f"feed-forward {facts['intermediate_size']}"
+    shared = experts["shared_expert_intermediate_size"]
+    return (
+        f"{experts['num_experts']} experts of {experts['moe_intermediate_size']}, {experts['num_experts_per_tok']} a token"
+        f"{f' and a shared one of {shared}' if shared else ''}"
+    )
 
 
 def _count(number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..batch import Batch
+from ..cache.spec import AttentionCache
 from ..ops.paged_attention import paged_attention
 from .linear import Linear
 from .norm import RMSNorm
@@ -57,6 +58,7 @@ class Attention:
     def __call__(self, x: torch.Tensor, norm: RMSNorm, batch: Batch) -> torch.Tensor:
         """Adds the block's output to ``x`` [T, hidden_size] in place and returns it; writes the new keys and values."""
         cache = batch.caches[self._layer_idx]
+        assert isinstance(cache, AttentionCache)
         context = self._attention.paged_attention(
             self._qkv(x, norm=norm),
             self._q_norm.weight,

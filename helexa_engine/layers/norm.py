@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .weight import ParameterSlot, VectorParameter
+from .weight import FloatParameter, ParameterSlot
 
 
 class RMSNorm:
-    """``w * x / sqrt(mean(x^2) + eps)``, Qwen3's form (no ``1 + w``). ``weight`` is [size] float32."""
+    """``w * x / sqrt(mean(x^2) + eps)``. ``weight`` is [size] float32; where HuggingFace has ``1 + w``, it is that sum."""
 
     def __init__(self, name: str, size: int, eps: float) -> None:
         self._name = name
-        self._parameter = VectorParameter(size)
+        self._parameter = FloatParameter((size,))
         self.eps = eps
 
     @property

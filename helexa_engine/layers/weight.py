@@ -40,20 +40,15 @@ class ParameterSlot(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class VectorParameter:
-    """A 1-D parameter, kept in float32 whatever the file has."""
+class FloatParameter:
+    """A vector or a small matrix, kept in float32 whatever the file has."""
 
-    size: int
+    shape: tuple[int, ...]
     value: torch.Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.size,)
-
     def load(self, raw: RawTensor) -> None:
-        self.value = torch.from_numpy(
-            np.array(dequantize(raw.quant_type, raw.data, raw.shape))
-        )  # a copy: the file may go
+        # A copy: the file may go.
+        self.value = torch.from_numpy(np.array(dequantize(raw.quant_type, raw.data, raw.shape)))
 
     def get(self) -> torch.Tensor:
         assert self.value is not None, "the checkpoint was not loaded"

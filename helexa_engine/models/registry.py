@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from ..errors import UnsupportedCheckpoint
+from .decoder import Decoder
 from .qwen3 import Qwen3
 
 #: GGUF's architecture string -> model.
-MODELS: dict[str, type[Qwen3]] = {
+MODELS: dict[str, type[Decoder]] = {
     "qwen3": Qwen3,
 }
 
 
-def model_class(architecture: str, where: str) -> type[Qwen3]:
+def model_class(architecture: str, where: str) -> type[Decoder]:
     """The class for an architecture. Raises :class:`UnsupportedCheckpoint` with what there is."""
     try:
         return MODELS[architecture]

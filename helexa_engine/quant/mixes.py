@@ -12,6 +12,8 @@ from helexa_engine.quant import types
 from helexa_engine.quant.types import QuantType
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+# Small matrices that decide much: the router, the shared expert's gate, the delta net's convolution.
+_ALWAYS_FLOAT32 = re.compile(r".+\.(mlp\.gate|mlp\.shared_expert_gate|linear_attn\.conv1d)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,11 @@ def by_name(name: str) -> Mix | None:
     return MIXES.get(name.upper())
 
 
+def stays_float32(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is float32 in every file and in memory: what is no matrix, and matrices that are never quantised."""
+    return len(shape) < 2 or min(shape) == 1 or _ALWAYS_FLOAT32.fullmatch(name) is not None
+
+
 def use_more_bits(layer: int, num_layers: int) -> bool:
     """The layers that matter most: the first and last eighth and every third between."""
     eighth = num_layers // 8
@@ -62,7 +69,9 @@ def use_more_bits(layer: int, num_layers: int) -> bool:
 
 
 def _layer_type(mix: Mix, module: str, layer: int, num_layers: int, gqa_ratio: int) -> QuantType:
-    is_v, is_down = module == "self_attn.v_proj", module == "mlp.down_proj"
+    # A delta net's merged q|k|v counts in the series of the attention layers' v.
+    is_v = module in ("self_attn.v_proj", "linear_attn.in_proj_qkv")
+    is_down = module in ("mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj")
     if mix.name in ("Q4_K_M", "Q5_K_M") and (is_v or is_down) and use_more_bits(layer, num_layers):
         return types.Q6_K
     if mix.name == "Q3_K_M":
@@ -83,12 +92,12 @@ def quant_type_for(
     """The type of one tensor.
 
     Args:
-        name: HuggingFace parameter name.
-        shape: torch order; anything but a matrix stays F32.
+        name: canonical parameter name (HuggingFace's).
+        shape: torch order; experts are [experts, out, in].
         gqa_ratio: query heads for each key-value head.
         tied: the embedding table is also the head.
     """
-    if len(shape) != 2 or min(shape) == 1:
+    if stays_float32(name, shape):
         return types.F32
     match = _LAYER.fullmatch(name)
     if match:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cache.page_pool import PagePool
-from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, KvDtype
+from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, KvDtype
 from ..config import EngineConfig
 from ..errors import InvalidRequest, ModelNotFound
 from ..generate_request import GenerateRequest
@@ -166,7 +166,7 @@ def _kv_dtype(config: EngineConfig, checkpoint: Checkpoint) -> KvDtype:
 
 
 def build_engine(
-    model: Model, specs: list[AttentionCacheSpec], memory: MemoryPlan, config: EngineConfig, vocab_size: int
+    model: Model, specs: list[CacheSpec], memory: MemoryPlan, config: EngineConfig, vocab_size: int
 ) -> Engine:
     """An engine over a loaded model, with its KV pages reserved."""
     pages_per_seq = -(-memory.max_model_len // PAGE_SIZE)
@@ -189,7 +189,7 @@ def build_engine(
 
 def plan_memory(
     model_config: ModelConfig,
-    specs: list[AttentionCacheSpec],
+    specs: list[CacheSpec],
     config: EngineConfig,
     weight_bytes: int,
     available: int | None = None,
@@ -204,7 +204,7 @@ def plan_memory(
         )
     return plan(
         weight_bytes=weight_bytes,
-        page_bytes=sum(spec.page_bytes for spec in specs),
+        page_bytes=sum(spec.page_bytes for spec in specs if isinstance(spec, AttentionCacheSpec)),
         page_size=PAGE_SIZE,
         workspace_bytes=_workspace_bytes(model_config, config),
         model_max_len=model_config.max_position_embeddings,

@@ -1,6 +1,7 @@
 """One view of a model on disk, whether GGUF or a HuggingFace folder: config, tensors, tokenizer, defaults.
 
-Tensor names and config keys are HuggingFace's; bytes are as in a GGUF file of the tensor's type.
+Tensor names, shapes and values have one canonical form (see :mod:`.canonical`); config keys are HuggingFace's; bytes are as in a GGUF
+file of the tensor's type.
 """
 
 from __future__ import annotations
@@ -8,31 +9,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import ModelNotFound, UnsupportedCheckpoint
-from ..quant.types import QuantType
-from . import gguf_names
+from . import canonical, gguf_names
 from .gguf import GGUFFile, StringArray
+from .raw_tensor import RawTensor
 from .safetensors import SafetensorsFolder
-
-
-@dataclass(frozen=True, slots=True)
-class RawTensor:
-    """A tensor as stored: ``shape`` in PyTorch's order ([out, in]), ``data`` uint8 as in a GGUF file, usually a view of a map."""
-
-    name: str
-    quant_type: QuantType
-    shape: tuple[int, ...]
-    data: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.data.nbytes)
 
 
 class Checkpoint(ABC):
@@ -41,11 +25,12 @@ class Checkpoint(ABC):
     Attributes:
         path: file or folder.
         architecture: GGUF's word for it (``qwen3``), for either kind.
-        config: HuggingFace config names.
+        config: HuggingFace config names, of the text part. Two keys are ours: ``value_head_order``, and ``rotary_dim`` from GGUF.
         generation_config: sampling defaults under HuggingFace's names; ``eos_token_id`` may be a list.
         metadata: GGUF metadata when the tokenizer is in it, else None: then it is in the folder ``path``.
         chat_template: Jinja source, or None.
         nbytes: size of the weight files.
+        unused: tensors that belong to the model and that nothing here reads, as stored, by kind (``vision``, ``MTP``).
     """
 
     path: Path
@@ -55,28 +40,35 @@ class Checkpoint(ABC):
     metadata: Mapping[str, Any] | None
     chat_template: str | None
     nbytes: int
+    unused: dict[str, list[RawTensor]]
+    _tensors: dict[str, RawTensor]
 
     @property
     def where(self) -> str:
         """The place that errors about the config name."""
         return str(self.path)
 
-    @abstractmethod
     def tensor_names(self) -> list[str]:
-        """HuggingFace names, in file order."""
+        """Canonical names, in file order."""
+        return list(self._tensors)
 
-    @abstractmethod
     def tensor(self, name: str) -> RawTensor:
         """One tensor. Raises KeyError."""
+        return self._tensors[name]
 
-    @abstractmethod
     def release(self, name: str) -> None:
         """Gives the memory under a tensor's bytes back once they have been copied elsewhere."""
+        for stored in self._tensors[name].stored_names:
+            self._release_stored(stored)
+
+    @abstractmethod
+    def _release_stored(self, name: str) -> None:
+        """:meth:`release` for one tensor of the file."""
 
     @property
     def tensors(self) -> Iterator[RawTensor]:
-        """All tensors, in file order; only views, nothing is read."""
-        return (self.tensor(name) for name in self.tensor_names())
+        """All tensors, in file order; nothing is read yet."""
+        return iter(self._tensors.values())
 
     @property
     def num_layers(self) -> int:
@@ -106,8 +98,9 @@ class GGUFCheckpoint(Checkpoint):
         template = metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) else None
         self.config = {}
-        self._index: dict[str, tuple[str, slice | None]] = {}
-        if architecture != "qwen3":
+        self.unused = {}
+        self._tensors = {}
+        if architecture not in gguf_names.ARCHITECTURES:
             return  # the registry refuses it, in its own words
         tensors = self._file.tensors
         if "token_embd.weight" not in tensors:
@@ -116,52 +109,44 @@ class GGUFCheckpoint(Checkpoint):
             )
         embedding = tensors["token_embd.weight"]
         self.config = gguf_names.hf_config(metadata, embedding.shape[0], "output.weight" not in tensors, str(path))
-        for name in tensors:
-            fused = gguf_names.fused_qkv_names(name)
+        self._tensors = canonical.split(self.config, self._renamed(), str(path))
+
+    def _renamed(self) -> list[RawTensor]:
+        """The file's tensors under HuggingFace's names; what is not used goes to ``unused``."""
+        layer_types = self.config.get("layer_types", ())
+        num_layers = self.config["num_hidden_layers"] if layer_types else 2**31
+        used = []
+        for name, record in self._file.tensors.items():
             if name.endswith(".scale"):
                 raise UnsupportedCheckpoint(
                     "a matrix with a separate scale (of NVFP4 or FP8 origin) is not supported; take a file quantised to one "
                     "of the usual types, such as Q8_0 or Q4_K_M",
-                    f"{path}: tensor {name!r}",
+                    f"{self.path}: tensor {name!r}",
                 )
-            if fused:
-                self._index.update(self._split_qkv(name, fused))
+            kind = gguf_names.unused_kind(name, num_layers)
+            raw = RawTensor(name, record.quant_type, record.shape, record.data, (name,))
+            if kind is not None:
+                self.unused.setdefault(kind, []).append(raw)
             else:
-                self._index[gguf_names.hf_name(name) or name] = (name, None)
+                used.append(raw.presented(gguf_names.hf_name(name, layer_types) or name))
+        return used
 
-    def _split_qkv(self, name: str, fused: tuple[str, str, str]) -> dict[str, tuple[str, slice | None]]:
-        config, rows = self.config, self._file.tensors[name].shape[0]
-        try:
-            heads, kv_heads = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
-            head_dim = int(config["head_dim"] or config["hidden_size"] // heads)
-        except (TypeError, ValueError, ZeroDivisionError):
-            raise UnsupportedCheckpoint("the attention shape in the metadata makes no sense", self.where) from None
-        borders = [0, heads * head_dim, (heads + kv_heads) * head_dim, (heads + 2 * kv_heads) * head_dim]
-        if rows != borders[-1]:
-            raise UnsupportedCheckpoint(
-                f"expected {borders[-1]} rows (q, k, v), got {rows}", f"{self.path}: tensor {name!r}"
-            )
-        return {part: (name, slice(*borders[i : i + 2])) for i, part in enumerate(fused)}
-
-    def tensor_names(self) -> list[str]:
-        return list(self._index)
-
-    def tensor(self, name: str) -> RawTensor:
-        stored, rows = self._index[name]
-        record = self._file.tensors[stored]
-        if rows is None:
-            return RawTensor(name, record.quant_type, record.shape, record.data)
-        data = record.data.reshape(record.shape[0], -1)[rows]
-        return RawTensor(name, record.quant_type, (data.shape[0], *record.shape[1:]), data.reshape(-1))
-
-    def release(self, name: str) -> None:
-        self._file.release(self._index[name][0])
+    def _release_stored(self, name: str) -> None:
+        self._file.release(name)
 
 
 class FolderCheckpoint(Checkpoint):
     """A HuggingFace folder: ``config.json`` and safetensors."""
 
-    _ARCHITECTURES = {"qwen3": "qwen3"}
+    _ARCHITECTURES = {
+        "qwen3": "qwen3",
+        "qwen3_moe": "qwen3moe",
+        "qwen3_next": "qwen3next",
+        "qwen3_5": "qwen35",
+        "qwen3_5_text": "qwen35",
+        "qwen3_5_moe": "qwen35moe",
+        "qwen3_5_moe_text": "qwen35moe",
+    }
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -175,7 +160,7 @@ class FolderCheckpoint(Checkpoint):
                 else "give the folder that holds config.json"
             )
             raise UnsupportedCheckpoint(f"config.json is missing; {fix}", str(path))
-        self.config = read_json(config_path)
+        self.config = _text_config(read_json(config_path), str(config_path))
         kind = self.config.get("model_type")
         if not isinstance(kind, str):
             raise UnsupportedCheckpoint("model_type is missing", str(config_path))
@@ -191,6 +176,10 @@ class FolderCheckpoint(Checkpoint):
         self.nbytes = self._folder.nbytes
         if "lm_head.weight" not in self._folder.names():
             self.config.setdefault("tie_word_embeddings", True)
+        self.unused = {}
+        self._tensors = canonical.from_huggingface(
+            self.config, self._stored(), is_hybrid=self.architecture in gguf_names.HYBRIDS, where=str(path)
+        )
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
         if "eos_token_id" not in self.generation_config and self.config.get("eos_token_id") is not None:
@@ -212,16 +201,37 @@ class FolderCheckpoint(Checkpoint):
             template = named.get("default")
         return template if isinstance(template, str) else None
 
-    def tensor_names(self) -> list[str]:
-        tied = self.config.get("tie_word_embeddings")
-        return [name for name in self._folder.names() if not (tied and name == "lm_head.weight")]
+    def _stored(self) -> Iterator[RawTensor]:
+        """The folder's tensors of the text model; what is not used goes to ``unused``."""
+        for name in self._folder.names():
+            raw = self._folder.tensor(name)
+            kind = canonical.unused_kind(name)
+            if kind is not None:
+                self.unused.setdefault(kind, []).append(raw)
+            elif not (self.config.get("tie_word_embeddings") and name == "lm_head.weight"):
+                yield raw
 
-    def tensor(self, name: str) -> RawTensor:
-        quant_type, shape, data = self._folder.read(name)
-        return RawTensor(name, quant_type, shape, data)
-
-    def release(self, name: str) -> None:
+    def _release_stored(self, name: str) -> None:
         self._folder.release(name)
+
+
+def _text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config of the text part: what a multimodal one nests, with the outer model's tying and end tokens."""
+    inner = config.get("text_config")
+    if inner is None:
+        return _renamed_keys(config)
+    if not isinstance(inner, dict):
+        raise UnsupportedCheckpoint(f"text_config: expected an object, got {type(inner).__name__}", where)
+    outer = {
+        key: config[key] for key in ("tie_word_embeddings", "eos_token_id", "quantization_config") if key in config
+    }
+    outer = {key: value for key, value in outer.items() if value is not None}
+    return _renamed_keys({"model_type": config.get("model_type")} | inner | outer)
+
+
+def _renamed_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes ``num_local_experts`` where the released files have ``num_experts``."""
+    return {"num_experts": config["num_local_experts"]} | config if "num_local_experts" in config else config
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""GGUF's tensor names and metadata keys for Qwen3, in HuggingFace's words.
+"""GGUF's tensor names and metadata keys for the Qwen architectures, in HuggingFace's words.
 
 Source: llama.cpp's ``gguf-py/gguf/constants.py`` and ``tensor_mapping.py``. No Qwen architecture permutes rows for rotary.
 """
@@ -6,11 +6,19 @@ Source: llama.cpp's ``gguf-py/gguf/constants.py`` and ``tensor_mapping.py``. No 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..errors import UnsupportedCheckpoint
 
+#: Architectures whose names and metadata are known here.
+ARCHITECTURES = ("qwen3", "qwen3moe", "qwen3next", "qwen35", "qwen35moe")
+HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
+MIXTURES = ("qwen3moe", "qwen3next", "qwen35moe")
+
+# The names of a fused tensor (``qkv_proj``, ``in_proj_qkvz``, ``in_proj_ba``, ``gate_up_proj``) are taken apart in ``canonical``.
 _BLOCK = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
@@ -23,13 +31,34 @@ _BLOCK = {
     "ffn_gate.weight": "mlp.gate_proj.weight",
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "ffn_gate_exps.weight": "mlp.experts.gate_proj.weight",
+    "ffn_up_exps.weight": "mlp.experts.up_proj.weight",
+    "ffn_down_exps.weight": "mlp.experts.down_proj.weight",
+    "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj.weight",
+    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
+    "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
+    "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
+    "ffn_down_shexp.weight": "mlp.shared_expert.down_proj.weight",
+    "attn_gate.weight": "linear_attn.in_proj_z.weight",
+    "ssm_in.weight": "linear_attn.in_proj_qkvz.weight",
+    "ssm_ba.weight": "linear_attn.in_proj_ba.weight",
+    "ssm_beta.weight": "linear_attn.in_proj_b.weight",
+    "ssm_alpha.weight": "linear_attn.in_proj_a.weight",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight",
+    "ssm_a": "linear_attn.a_coefficient",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_norm.weight": "linear_attn.norm.weight",
+    "ssm_out.weight": "linear_attn.out_proj.weight",
 }
+_HYBRID_BLOCK = {"post_attention_norm.weight": "post_attention_layernorm.weight"}
+_DELTA_NET_QKV = {"attn_qkv.weight": "linear_attn.in_proj_qkv.weight"}
+_ATTENTION_QKV = {"attn_qkv.weight": "self_attn.qkv_proj.weight"}
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-FUSED_QKV = "attn_qkv.weight"
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 
 #: general.sampling.* -> generation_config
@@ -44,80 +73,174 @@ _SAMPLING = {
 }
 
 
-def hf_name(name: str) -> str | None:
-    """HuggingFace parameter name of a GGUF tensor, or None when Qwen3 has no such tensor."""
+def hf_name(name: str, layer_types: Sequence[str] = ()) -> str | None:
+    """HuggingFace parameter name of a GGUF tensor, or None when no Qwen has such a tensor.
+
+    ``layer_types`` says what ``attn_qkv`` is: a delta net's input projection in a ``linear_attention`` layer, else a fused q|k|v.
+    """
     if name in _TOP:
         return _TOP[name]
     match = _BLOCK_NAME.fullmatch(name)
-    if match and match[2] in _BLOCK:
-        return f"model.layers.{int(match[1])}.{_BLOCK[match[2]]}"
-    return None
+    if match is None:
+        return None
+    layer = int(match[1])
+    is_linear = layer < len(layer_types) and layer_types[layer] == "linear_attention"
+    table = _BLOCK | _HYBRID_BLOCK | (_DELTA_NET_QKV if is_linear else _ATTENTION_QKV)
+    return f"model.layers.{layer}.{table[match[2]]}" if match[2] in table else None
 
 
-def gguf_name(name: str) -> str | None:
-    """GGUF tensor name of a HuggingFace parameter, or None."""
+def gguf_name(name: str, architecture: str = "qwen3") -> str | None:
+    """GGUF tensor name of a canonical parameter (see ``weights/canonical``), or None."""
     for theirs, ours in _TOP.items():
         if name == ours:
             return theirs
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    for theirs, ours in _BLOCK.items():
+    table = _BLOCK | _DELTA_NET_QKV
+    if architecture in HYBRIDS:
+        table = {theirs: ours for theirs, ours in table.items() if theirs != "ffn_norm.weight"} | _HYBRID_BLOCK
+    for theirs, ours in table.items():
         if match and match[2] == ours:
             return f"blk.{match[1]}.{theirs}"
     return None
 
 
-def fused_qkv_names(name: str) -> tuple[str, str, str] | None:
-    """The three HuggingFace parameters whose rows a fused ``attn_qkv`` holds in order, or None when it is not one."""
+def unused_kind(name: str, num_layers: int) -> str | None:
+    """``vision`` or ``MTP`` for a tensor that no text model here reads (blocks from ``num_layers`` on predict further tokens)."""
+    if name.startswith(("v.", "mm.")):
+        return "vision"
     match = _BLOCK_NAME.fullmatch(name)
-    if match is None or match[2] != FUSED_QKV:
-        return None
-    prefix = f"model.layers.{int(match[1])}.self_attn"
-    return f"{prefix}.q_proj.weight", f"{prefix}.k_proj.weight", f"{prefix}.v_proj.weight"
+    if match and (int(match[1]) >= num_layers or match[2].startswith("nextn.")):
+        return "MTP"
+    return None
+
+
+class _Metadata:
+    """Metadata of one architecture, read key by key. Raises :class:`UnsupportedCheckpoint` naming a key that is missing or wrong."""
+
+    def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
+        self._metadata = metadata
+        self.architecture = str(metadata.get("general.architecture"))
+        self.where = where
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._metadata.get(f"{self.architecture}.{key}", default)
+
+    def read(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise UnsupportedCheckpoint(
+                f"metadata {self.architecture}.{key} is missing; convert the model again", self.where
+            )
+        return value
+
+    def fail(self, key: str, expected: str, got: Any) -> UnsupportedCheckpoint:
+        return UnsupportedCheckpoint(
+            f"metadata {self.architecture}.{key}: expected {expected}, got {got!r:.80}", self.where
+        )
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1) -> int:
+        """A number, or an array that holds one number for every layer (0 where it does not apply)."""
+        value = self.read(key) if default is None else self.get(key, default)
+        if isinstance(value, np.ndarray):
+            different = {item for item in value.tolist() if item != 0}
+            value = different.pop() if len(different) == 1 else value
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            raise self.fail(key, f"an integer of at least {low}", value)
+        return value
 
 
 def hf_config(metadata: Mapping[str, Any], vocab_rows: int, tied: bool, where: str) -> dict[str, Any]:
     """HuggingFace's config from GGUF metadata. Raises :class:`UnsupportedCheckpoint` naming a key that is missing."""
-    architecture = metadata.get("general.architecture")
-
-    def read(key: str, default: Any = None, required: bool = True) -> Any:
-        value = metadata.get(f"{architecture}.{key}", default)
-        if value is None and required:
-            raise UnsupportedCheckpoint(f"metadata {architecture}.{key} is missing; convert the model again", where)
-        return value
-
-    heads = read("attention.head_count")
+    data = _Metadata(metadata, where)
+    architecture, heads = data.architecture, data.read("attention.head_count")
+    is_mixture = architecture in MIXTURES
     config: dict[str, Any] = {
         "model_type": architecture,
-        "hidden_size": read("embedding_length"),
-        "intermediate_size": read("feed_forward_length"),
-        "num_hidden_layers": read("block_count"),
+        "hidden_size": data.read("embedding_length"),
+        "intermediate_size": data.get("feed_forward_length") if is_mixture else data.read("feed_forward_length"),
+        "num_hidden_layers": data.read("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": read("attention.head_count_kv", heads),
-        "head_dim": read("attention.key_length", required=False),
-        "rms_norm_eps": read("attention.layer_norm_rms_epsilon"),
-        "rope_theta": read("rope.freq_base"),
-        "max_position_embeddings": read("context_length"),
+        "num_key_value_heads": data.get("attention.head_count_kv", heads),
+        "head_dim": data.get("attention.key_length"),
+        "rms_norm_eps": data.read("attention.layer_norm_rms_epsilon"),
+        "rope_theta": data.read("rope.freq_base"),
+        "max_position_embeddings": data.read("context_length"),
         "vocab_size": vocab_rows,
         "tie_word_embeddings": tied,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
-    kind = read("rope.scaling.type", required=False)
+    if architecture in HYBRIDS:
+        config |= _hybrid_config(data)
+    if is_mixture:
+        config |= _mixture_config(data)
+    kind = data.get("rope.scaling.type")
     if kind is not None and not isinstance(kind, str):
         raise UnsupportedCheckpoint(f"metadata rope.scaling.type: expected text, got {type(kind).__name__}", where)
     if kind not in (None, "none"):
-        scaling = {"rope_type": kind, "factor": read("rope.scaling.factor")}
+        scaling = {"rope_type": kind, "factor": data.read("rope.scaling.factor")}
         for theirs, ours in (
             ("original_context_length", "original_max_position_embeddings"),
             ("attn_factor", "attention_factor"),
             ("yarn_beta_fast", "beta_fast"),
             ("yarn_beta_slow", "beta_slow"),
         ):
-            value = read(f"rope.scaling.{theirs}", required=False)
+            value = data.get(f"rope.scaling.{theirs}")
             if value is not None:
                 scaling[ours] = value
         config["rope_scaling"] = scaling
     return config
+
+
+def _hybrid_config(data: _Metadata) -> dict[str, Any]:
+    """Layer types, gated attention, the delta net's shape. ``num_hidden_layers`` is the trunk without the MTP blocks."""
+    blocks, mtp = data.integer("block_count"), data.integer("nextn_predict_layers", 0, low=0)
+    if not 0 < blocks - mtp <= 4096:
+        raise data.fail("block_count", f"from 1 to 4096 blocks beside {mtp} of MTP", blocks)
+    key_heads, value_heads = data.integer("ssm.group_count"), data.integer("ssm.time_step_rank")
+    if value_heads % key_heads:
+        raise data.fail("ssm.time_step_rank", f"a multiple of ssm.group_count ({key_heads})", value_heads)
+    inner = data.integer("ssm.inner_size")
+    if inner % value_heads:
+        raise data.fail("ssm.inner_size", f"a multiple of ssm.time_step_rank ({value_heads})", inner)
+    return {
+        "num_hidden_layers": blocks - mtp,
+        "num_key_value_heads": data.integer("attention.head_count_kv"),
+        "layer_types": _layer_types(data, blocks - mtp),
+        "attn_output_gate": True,
+        "rotary_dim": data.integer("rope.dimension_count"),
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": data.integer("ssm.state_size"),
+        "linear_value_head_dim": inner // value_heads,
+        "linear_conv_kernel_dim": data.integer("ssm.conv_kernel"),
+        # Conversion reorders the value heads of Qwen3.5 and later, and leaves those of Qwen3-Next.
+        "value_head_order": "grouped" if data.architecture == "qwen3next" else "tiled",
+    }
+
+
+def _layer_types(data: _Metadata, num_layers: int) -> list[str]:
+    recurrent = data.get("attention.recurrent_layers")
+    if recurrent is None:
+        interval = data.integer("full_attention_interval", 4)
+        flags = [(i + 1) % interval != 0 for i in range(num_layers)]
+    else:
+        flags = recurrent.tolist() if isinstance(recurrent, np.ndarray) else []
+        if len(flags) < num_layers or any(flag not in (0, 1) for flag in flags):
+            raise data.fail("attention.recurrent_layers", f"{num_layers} booleans", recurrent)
+    return ["linear_attention" if flag else "full_attention" for flag in flags[:num_layers]]
+
+
+def _mixture_config(data: _Metadata) -> dict[str, Any]:
+    return {
+        "num_experts": data.integer("expert_count"),
+        "num_experts_per_tok": data.integer("expert_used_count"),
+        "moe_intermediate_size": data.integer("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": (
+            0 if data.architecture == "qwen3moe" else data.integer("expert_shared_feed_forward_length")
+        ),
+        "norm_topk_prob": True,  # as in every released model; the file does not say
+    }
 
 
 def generation_config(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def load(
         if name in types_wanted:
             slot.load(requantize(raw, types_wanted[name], str(checkpoint.path)))
         else:
-            slot.load(convert(raw, dtype))
+            slot.load(convert(raw, "float32" if mixes.stays_float32(name, raw.shape) else dtype))
         checkpoint.release(name)
         done += raw.nbytes
         if progress is not None:
@@ -97,7 +97,7 @@ def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType
     mix = mixes.by_name(quant)
     if mix is None:
         raise InvalidRequest("quant", f"expected one of {', '.join(mixes.MIXES)}; got {quant!r}")
-    matrices = [raw for raw in checkpoint.tensors if len(raw.shape) == 2]
+    matrices = [raw for raw in checkpoint.tensors if not mixes.stays_float32(raw.name, raw.shape)]
     if not any(raw.quant_type.is_float for raw in matrices):
         raise InvalidRequest("quant", "the weights are quantised already; load the file as it is, without quant")
     config = checkpoint.config
@@ -118,12 +118,12 @@ def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType
 
 
 def required_bytes(checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | None = None) -> int:
-    """Bytes of the weights once loaded, from the headers alone; vectors are float32 whatever the file has."""
+    """Bytes of the weights once loaded, from the headers alone; vectors and the like are float32 whatever the file has."""
     types_wanted = _mix_types(checkpoint, quant)
     total = 0
     for raw in checkpoint.tensors:
         target = types_wanted.get(raw.name, raw.quant_type)
-        if len(raw.shape) < 2 or target is types.F64:
+        if mixes.stays_float32(raw.name, raw.shape) or target is types.F64:
             target = types.F32
         elif target.is_float and raw.name not in types_wanted:
             target = _FLOATS.get(dtype, target)
@@ -132,8 +132,8 @@ def required_bytes(checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | 
 
 
 def requantize(raw: RawTensor, target: QuantType, where: str) -> RawTensor:
-    """A matrix in another type, a few rows in float32 at a time. Raises UnsupportedCheckpoint on NaN or infinity."""
-    rows, cols = raw.shape
+    """A matrix, or one an expert, in another type, a few rows in float32 at a time. Raises UnsupportedCheckpoint on NaN or infinity."""
+    rows, cols = math.prod(raw.shape[:-1]), raw.shape[-1]
     source = raw.data.reshape(rows, -1)
     out = np.empty((rows, target.row_bytes(cols)), np.uint8)
     step = max(1, _VALUES_AT_ONCE // cols)

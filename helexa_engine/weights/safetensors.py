@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import ModelNotFound, UnsupportedCheckpoint
 from ..quant import types
 from ..quant.types import QuantType
+from .raw_tensor import RawTensor
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -124,11 +125,11 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         return list(self._where)
 
-    def read(self, name: str) -> tuple[QuantType, tuple[int, ...], np.ndarray]:
-        """(type, shape, bytes as a view of the map) of a tensor. Raises KeyError, :class:`UnsupportedCheckpoint`."""
+    def tensor(self, name: str) -> RawTensor:
+        """A tensor, its bytes a view of the map. Raises KeyError, :class:`UnsupportedCheckpoint`."""
         file = self._where[name]
         quant_type, shape, start, nbytes = file.read(name)
-        return quant_type, shape, np.frombuffer(file.map, np.uint8, nbytes, start)
+        return RawTensor(name, quant_type, shape, np.frombuffer(file.map, np.uint8, nbytes, start), (name,))
 
     def release(self, name: str) -> None:
         """Gives the whole pages under a tensor back to the system."""

@@ -204,7 +204,7 @@ def test_float16_keys_and_values_stay_close() -> None:
 
 def test_the_comparison_can_fail() -> None:
     theirs, ours, config = build()
-    ours.layers[0].attention._q_norm.weight.mul_(1.01)
+    ours.layers[0].mixer._q_norm.weight.mul_(1.01)
     ids = torch.randint(0, 160, (1, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         difference = (Session(ours, config).feed(ids[0].tolist()) - theirs(ids).logits[0]).abs().max()
