@@ -1,0 +1,69 @@
+"""What a loaded model takes of the machine: at most the file, 15 % and the KV pages that were announced.
+
+Counted is what the process holds (VmRSS) after loading, less what it held with torch imported: torch's own code is the same
+whatever the file. The rest of helexa and of its libraries counts as the file's. Measured in a fresh process on a file with the
+shape of Qwen3-0.6B, its whole vocabulary, and fewer layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helexa_engine import presets
+from helexa_engine.ops.registry import native_core
+from helexa_engine.quant import mixes
+
+MB = 10**6
+SHAPE = dataclasses.replace(presets.preset("qwen3-0.6b"), num_hidden_layers=8)
+MIX = mixes.MIXES["Q4_K_M"]
+
+PROGRAM = """
+import json, re, sys
+import torch
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+seen = {"before": status("VmRSS")}
+from helexa_engine import LLM, SamplingParams
+llm = LLM(sys.argv[1], max_model_len=1024, max_num_seqs=1, max_num_batched_tokens=128)
+seen |= {"loaded": status("VmRSS"), "peak": status("VmHWM")}
+seen |= {"kv": llm.model_info.kv_bytes, "weights": llm.model_info.weight_bytes}
+for name in ("used", "used again"):
+    llm.generate(list(range(300)), SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+    seen[name] = status("VmRSS")
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def preset_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("preset") / f"cut-{MIX.name}.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, "cut", SHAPE)
+        presets.write_preset_gguf(path, "cut", MIX.name)
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(native_core() is None, reason="the native core is not built")
+def test_a_loaded_file_takes_its_size_and_little_more(preset_file: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(preset_file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    size = preset_file.stat().st_size
+    grown = seen["loaded"] - seen["before"]
+    print(f"file {size / MB:.1f} MB, KV pages {seen['kv'] / MB:.1f} MB, grown by {grown / MB:.1f} MB;", done.stdout)
+    assert seen["weights"] + seen["kv"] < grown, "less than what it must hold: this did not measure the load"
+    assert grown <= 1.15 * size + seen["kv"]
+    # On the way no more than one tensor stands beside its packed form, and its pages are the file's own.
+    largest = max(tensor.nbytes for tensor in presets.tensors(SHAPE, MIX))
+    assert seen["peak"] - seen["before"] <= 1.15 * size + seen["kv"] + largest
+    # Work takes its workspace once, and nothing grows from then on.
+    assert seen["used again"] - seen["used"] < 2 * MB
