@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "check.h"
 #include "cpu_features.h"
 #include "dequantize.h"
+#include "moe_matmul.h"
 #include "packed_matrix.h"
 #include "paged_attention.h"
 #include "probes.h"
@@ -86,6 +89,24 @@ PYBIND11_MODULE(_native, module) {
         quant_matmul(call);
       },
       "x [T, K], the parts' rows side by side -> out; shapes: ops/quant_matmul. norm_weight 0: no norm in front.");
+  module.def(
+      "moe_matmul",
+      [](uintptr_t x, int64_t num_rows, uintptr_t norm_weight, double norm_eps, const PackedMatrix* router,
+         const std::array<const PackedMatrix*, 3>& experts, const std::array<const PackedMatrix*, 3>& shared, int top_k,
+         bool norm_topk_prob) {
+        MoeMatmul call;
+        call.x = num_rows ? pointer<float>(x, "moe_matmul", "x") : nullptr;
+        call.rows = num_rows;
+        call.norm_weight = reinterpret_cast<const float*>(norm_weight);
+        call.norm_eps = static_cast<float>(norm_eps);
+        call.router = router;
+        call.experts = {experts[0], experts[1], experts[2]};
+        call.shared = {shared[0], shared[1], shared[2]};
+        call.top_k = top_k, call.norm_topk_prob = norm_topk_prob;
+        py::gil_scoped_release release;
+        moe_matmul(call);
+      },
+      "Adds a sparse block to x [T, H] in place; shapes: ops/moe_matmul. (gate, up, down) each; shared: three None.");
   module.def(
       "quant_embedding",
       [](const PackedMatrix& matrix, uintptr_t ids, int64_t n, uintptr_t out) {
