@@ -5,10 +5,12 @@ from __future__ import annotations
 from ..errors import UnsupportedCheckpoint
 from .decoder import Decoder
 from .qwen3 import Qwen3
+from .qwen3_moe import Qwen3Moe
 
 #: GGUF's architecture string -> model.
 MODELS: dict[str, type[Decoder]] = {
     "qwen3": Qwen3,
+    "qwen3moe": Qwen3Moe,
 }
 
 
