@@ -62,6 +62,7 @@ class EngineConfig:
     num_threads: int | None = knob(
         None, "threads of the native core; default: the physical cores this process may use", low=1, high=1024
     )
+    offline: bool = knob(False, "never reach the hub: a model must be on disk; HF_HUB_OFFLINE does the same")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -64,3 +64,41 @@ def config_file() -> Path | None:
 def api_key() -> str | None:
     """``HELEXA_API_KEY``: the key clients must send; read here so that it never stands on a command line."""
     return _get("API_KEY")
+
+
+def _true(name: str, value: str | None) -> bool:
+    words = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "": False,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }
+    if (value or "").lower() not in words:
+        raise InvalidRequest(f"environment {name}", f"expected true or false, got {value!r}")
+    return words[(value or "").lower()]
+
+
+def offline() -> bool:
+    """``HELEXA_OFFLINE`` or huggingface-hub's ``HF_HUB_OFFLINE``: never reach the hub."""
+    return _true(f"{PREFIX}OFFLINE", _get("OFFLINE")) or _true("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE"))
+
+
+def hub_cache() -> Path:
+    """Where huggingface-hub keeps models: ``HF_HUB_CACHE``, else ``hub`` in ``HF_HOME``, else in ``$XDG_CACHE_HOME/huggingface``."""
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    home = os.environ.get("HF_HOME")
+    if not cache and home:
+        cache = os.path.join(home, "hub")
+    if not cache:
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface", "hub")
+    return Path(os.path.expandvars(cache)).expanduser()
+
+
+def hub_endpoint() -> str:
+    """``HF_ENDPOINT``: the hub, or a mirror of it."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")

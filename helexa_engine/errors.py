@@ -67,6 +67,12 @@ class ModelNotFound(HelexaError):
         self.model = model
 
 
+class DownloadFailed(HelexaError):
+    """A model could not be fetched from the hub: network, permission or disk. The message says which, and the way out."""
+
+    code = "download_failed"
+
+
 class ModelDoesNotFit(HelexaError):
     """Weights, KV pages and workspace together exceed the memory of the device. Raised before anything is loaded."""
 

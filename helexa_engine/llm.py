@@ -36,15 +36,17 @@ class LLM:
     ...     print(llm.chat([{"role": "user", "content": "What is helexa?"}]).text)
 
     Args:
-        model: a ``.gguf`` file (the first part of a split one too), a HuggingFace folder (``config.json`` and safetensors), or
-            ``demo`` for the small model that ships with helexa.
+        model: a ``.gguf`` file (the first part of a split one too), a HuggingFace folder (``config.json`` and safetensors), a hub
+            id ``org/name[@revision][:quant-or-file-glob]``, or ``demo`` for the small model that ships with helexa. A hub id is
+            downloaded unless it is complete in the hub's cache.
         tensor_parallel_size: 1; more is not built yet.
         progress: called while loading with (stage, share done from 0 to 1).
 
     The other arguments are the fields of :class:`EngineConfig` and documented there.
 
     Raises:
-        ModelNotFound: no such file or folder.
+        ModelNotFound: no such file, folder, repository or quant.
+        DownloadFailed: the hub cannot be reached, refuses, or the disk is full.
         UnsupportedCheckpoint: the file is malformed or of a kind helexa cannot read.
         ModelDoesNotFit: weights and the context do not fit the memory; raised before anything is loaded.
         InvalidRequest: a bad argument, named.
@@ -65,6 +67,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         seed: int | None = None,
         num_threads: int | None = None,
+        offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -80,6 +83,7 @@ class LLM:
             memory_fraction=memory_fraction,
             seed=seed,
             num_threads=num_threads,
+            offline=offline,
         )
         from .runtime.load import load_model  # brings torch
 

@@ -17,10 +17,13 @@ from ..errors import HelexaError
 from ..version import __version__
 from .options import UsageError
 
-#: Every command and its one-line help; the module of the same name beside this file implements it.
+#: Every command and its one-line help; the module of the same name (but see MODULES) beside this file implements it.
 COMMANDS = {
     "run": "chat with a model in the terminal",
     "serve": "answer OpenAI clients over HTTP",
+    "pull": "download a model from the hub, or go on with it",
+    "list": "list the models on this machine",
+    "rm": "delete a model from the hub's cache",
     "info": "say what a model file holds, without loading it",
     "doctor": "check this machine and this installation",
     "bench": "measure prefill and decode speed against the memory's limit",
@@ -36,8 +39,12 @@ class Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
+#: Modules whose name is not the command's: a submodule ``list`` would hide the built-in of that name here.
+MODULES = {"list": "list_models"}
+
+
 def command_module(name: str) -> Command:
-    return cast(Command, importlib.import_module(f".{name}", __name__))
+    return cast(Command, importlib.import_module(f".{MODULES.get(name, name)}", __name__))
 
 
 def build_parser(*configured: str) -> argparse.ArgumentParser:
@@ -45,7 +52,8 @@ def build_parser(*configured: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="helexa",
         description="Run open language models on hardware you own.",
-        epilog="MODEL is a .gguf file, a HuggingFace folder, or demo (the small model that ships with helexa).",
+        epilog="MODEL is a .gguf file, a HuggingFace folder, a hub id such as org/name or org/name:Q4_K_M, or demo (the small "
+        "model that ships with helexa).",
     )
     parser.add_argument("--version", action="version", version=f"helexa {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

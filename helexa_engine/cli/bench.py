@@ -33,7 +33,7 @@ _SPARE_TOKENS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=".gguf file, HuggingFace folder, or demo")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=".gguf file, HuggingFace folder, hub id, or demo")
     parser.add_argument(
         "--preset", metavar="NAME", help="a published shape with random weights instead: qwen3-0.6b ... qwen3-32b"
     )
@@ -124,7 +124,7 @@ def measure(
         raise InvalidRequest(
             "max_model_len", f"expected at least {wanted_len} for this benchmark, got {config.max_model_len}"
         )
-    with open_checkpoint(model_path(model)) as checkpoint:
+    with open_checkpoint(model_path(model, offline=config.offline)) as checkpoint:
         num_layers = checkpoint.num_layers
         bytes_per_token = decode_bytes(checkpoint.tensors)
         file_bytes = checkpoint.nbytes

@@ -28,6 +28,7 @@ REQUIREMENTS = {
     "starlette": "0.40",
     "uvicorn": "0.30",
     "rich": "13",
+    "huggingface-hub": "2.4",
 }
 #: Instruction sets that the native core has kernels for, best first, with the flags each needs.
 ISA_FLAGS = {

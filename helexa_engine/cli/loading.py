@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..config import EngineConfig
+from .options import model_path
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -39,6 +40,7 @@ def progress(title: str) -> Iterator[Progress]:
 @contextmanager
 def load(model: str, config: EngineConfig) -> Iterator[LLM]:
     """The loaded model; closed on leaving. Raises what :class:`LLM` raises."""
+    model_path(model, offline=config.offline)  # downloads a hub id, with a bar a file; below it is found on disk
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     with progress(f"loading {model}") as report:
         from ..llm import LLM

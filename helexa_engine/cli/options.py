@@ -39,10 +39,23 @@ def resolve_config(arguments: argparse.Namespace, name: str, kind: type[config.C
         raise UsageError(str(error)) from None
 
 
-def model_path(model: str) -> Path:
-    """Where MODEL lies; whether anything is there is for the reader to find out."""
+def model_path(model: str, *, offline: bool = False) -> Path:
+    """Where MODEL lies; whether anything is there is for the reader to find out. A hub id that is not on disk is downloaded.
+
+    Raises:
+        ModelNotFound, DownloadFailed: of a hub id.
+    """
     if model == "demo":
         from .. import demo
 
         return demo.path()
-    return Path(model).expanduser()
+    path = Path(model).expanduser()
+    from ..weights import hub
+
+    hub_id = None if path.exists() else hub.HubId.parse(model)
+    if hub_id is None:
+        return path
+    from .downloads import bars
+
+    with bars() as on_transfer:
+        return hub.locate(hub_id, offline=offline or env.offline(), on_transfer=on_transfer)

@@ -43,7 +43,7 @@ _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=".gguf file, HuggingFace folder, or demo")
+    parser.add_argument("model", metavar="MODEL", help=".gguf file, HuggingFace folder, hub id, or demo")
     parser.add_argument(
         "-p", "--prompt", metavar="TEXT", help="answer this and exit; without it, piped input is the prompt"
     )

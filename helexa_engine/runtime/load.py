@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import env
 from ..cache.page_pool import PagePool
 from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, KvDtype
 from ..config import EngineConfig
@@ -20,6 +20,7 @@ from ..quant import types
 from ..text.chat_template import ChatTemplate
 from ..text.request_processor import RequestProcessor
 from ..text.tokenizer import Tokenizer
+from ..weights import hub
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
 from ..weights.loader import required_bytes
@@ -35,15 +36,13 @@ log = logging.getLogger(__name__)
 #: Called with (stage, share done from 0 to 1).
 Progress = Callable[[str, float], None]
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:\S+)?")
-
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts about a loaded model.
 
     Attributes:
-        name: stem of the file, name of the folder, or ``demo``.
+        name: stem of the file, name of the folder, the hub id, or ``demo``.
         path: where it was loaded from.
         architecture: HuggingFace's ``model_type``.
         vocab_size: width of the logits.
@@ -66,8 +65,12 @@ class ModelInfo:
         return {"context": context, "input": context - 1, "output": context - 1}
 
 
-def resolve_model(model: str | Path) -> Path:
-    """The file or folder of a model. Raises :class:`ModelNotFound`."""
+def resolve_model(model: str | Path, *, offline: bool = False, progress: Progress | None = None) -> Path:
+    """The file or folder of a model. A hub id is downloaded unless it is complete on disk.
+
+    Raises:
+        ModelNotFound, DownloadFailed.
+    """
     if model == "demo":
         from .. import demo
 
@@ -79,12 +82,26 @@ def resolve_model(model: str | Path) -> Path:
     if path.is_dir() or path.is_file():
         return path
     if not str(model):
-        raise ModelNotFound("", "give a .gguf file, a HuggingFace folder, or demo")
-    if isinstance(model, str) and _HUB_ID.fullmatch(model) and not path.parent.exists():
+        raise ModelNotFound("", "give a .gguf file, a HuggingFace folder, a hub id org/name, or demo")
+    hub_id = hub.HubId.parse(model) if isinstance(model, str) else None
+    if hub_id is None:
         raise ModelNotFound(
-            model, "no such file or folder; helexa loads local files only so far, download the model first"
+            str(model), "no such file or folder; give a .gguf file, a HuggingFace folder, a hub id org/name, or demo"
         )
-    raise ModelNotFound(str(model), "no such file or folder; give a .gguf file, a HuggingFace folder, or demo")
+
+    def report(transfer: hub.Transfer) -> None:
+        if progress is not None:
+            share = transfer.all_done_bytes / max(1, transfer.all_total_bytes)
+            progress(f"downloading {transfer.file}", share)
+
+    return hub.locate(hub_id, offline=offline or env.offline(), on_transfer=report)
+
+
+def _name(model: str | Path, path: Path) -> str:
+    """What the loaded model is called: a file's stem, a folder's name, and ``demo`` or a hub id as it was given."""
+    if model == "demo" or not Path(model).expanduser().exists():
+        return str(model)
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
 class LoadedModel:
@@ -114,8 +131,8 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     """Loads a model and starts its engine. Blocks; see :class:`helexa_engine.LLM` for arguments and errors."""
     if config.num_threads is not None and (core := native_core()) is not None:
         core.set_num_threads(config.num_threads)
-    path = resolve_model(model)
     report = progress or (lambda stage, fraction: None)
+    path = resolve_model(model, offline=config.offline, progress=progress)
     report("reading the checkpoint", 0.0)
     with open_checkpoint(path) as checkpoint:
         build = model_class(checkpoint.architecture, checkpoint.where)
@@ -129,7 +146,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         load_weights(net, checkpoint, dtype=config.dtype, quant=config.quant, progress=report)
     engine = build_engine(net, specs, memory, config, model_config.vocab_size)
     info = ModelInfo(
-        name="demo" if model == "demo" else path.stem if path.suffix == ".gguf" else path.resolve().name,
+        name=_name(model, path),
         path=path,
         architecture=checkpoint.architecture,
         vocab_size=model_config.vocab_size,

@@ -47,6 +47,9 @@ _SCALARS: dict[int, tuple[str, np.dtype[Any]]] = {
     FLOAT64: ("<d", np.dtype("<f8")),
 }
 
+#: Where :func:`read_architecture` stops looking.
+_HEAD_BYTES, _HEAD_ENTRIES = 65536, 32
+
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -374,3 +377,26 @@ class GGUFFile:
         for name, quant_type, shape, offset, nbytes in records:
             data = np.frombuffer(cursor.data, np.uint8, nbytes, base + offset)
             self.tensors[name] = GGUFTensor(name, quant_type, shape, data, part, base + offset)
+
+
+def read_architecture(path: Path) -> str | None:
+    """``general.architecture``, which writers put first, without reading the rest of the file; None when it is not near the front.
+
+    Raises:
+        UnsupportedCheckpoint: not a GGUF file, or truncated before that.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise UnsupportedCheckpoint(f"it cannot be read: {error}", str(path)) from None
+    cursor = _Cursor(memoryview(head), path)
+    if head[:4] != MAGIC:
+        raise UnsupportedCheckpoint(f"not a GGUF file: it begins with {head[:4]!r} instead of {MAGIC!r}", str(path))
+    cursor.at = 16  # magic, version, tensor count
+    for i in range(min(cursor.count("metadata count"), _HEAD_ENTRIES)):
+        key = cursor.name(f"metadata entry {i}")
+        value = cursor.value(int(cursor.scalar(UINT32, f"metadata {key!r}")), f"metadata {key!r}")
+        if key == "general.architecture":
+            return value if isinstance(value, str) else None
+    return None

@@ -255,10 +255,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         LLM(tmp_path / "absent.gguf")
 
 
-def test_a_hub_id_says_that_files_are_local_so_far() -> None:
+def test_a_hub_id_that_is_not_on_disk_is_not_fetched_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for name in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-GGUF:Q4_K_M"):
-        with pytest.raises(ModelNotFound, match="local files only"):
-            LLM(name)
+        with pytest.raises(ModelNotFound, match=f"{name}.*offline mode is on"):
+            LLM(name, offline=True)
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
