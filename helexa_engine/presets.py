@@ -4,12 +4,14 @@ Every block is valid and of natural size: codes are uniform random bytes and the
 columns has values of standard deviation ``1 / sqrt(K)``, which keeps activations finite and near 1. Random data,
 never zeros: zeros run faster on real hardware.
 
-Source of the shapes: the ``config.json`` of each published Qwen3 model.
+Source of the shapes: the ``config.json`` of each published model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +34,11 @@ _CHUNK_VALUES = 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """The shape of a dense Qwen3 model; names as in HuggingFace's ``config.json``."""
+    """The shape of a model; names as in HuggingFace's ``config.json``.
+
+    ``architecture`` is GGUF's word. The delta net's heads have 128 dimensions, its convolution four taps; every fourth layer of a
+    hybrid is full attention, of whose heads a quarter rotates. All this is the same in every release.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -45,9 +51,50 @@ class Preset:
     max_position_embeddings: int = 40960
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
+    architecture: str = "qwen3"
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The mixer of each layer."""
+        if not self.linear_num_key_heads:
+            return ["full_attention"] * self.num_hidden_layers
+        kinds = ["linear_attention"] * (FULL_ATTENTION_INTERVAL - 1) + ["full_attention"]
+        return [kinds[i % FULL_ATTENTION_INTERVAL] for i in range(self.num_hidden_layers)]
 
 
-#: name -> shape. ``qwen3-tiny`` is no published model: it is for tests and for trying the tools out.
+FULL_ATTENTION_INTERVAL = 4
+LINEAR_HEAD_DIM = 128
+CONV_KERNEL = 4
+
+
+def _hybrid(
+    hidden: int, layers: int, heads: int, kv_heads: int, feed_forward: int, key_heads: int, value_heads: int, *,
+    tied: bool, **more: Any,
+) -> Preset:  # fmt: skip
+    """Qwen3.5's shape, with what ``more`` says otherwise."""
+    made = Preset(
+        hidden, layers, heads, kv_heads, feed_forward, tied, head_dim=256, vocab_size=248320, max_position_embeddings=262144,
+        rope_theta=1e7, architecture="qwen35", linear_num_key_heads=key_heads, linear_num_value_heads=value_heads,
+    )  # fmt: skip
+    return dataclasses.replace(made, **more)
+
+
+def _experts(count: int, per_token: int, width: int, shared_width: int = 0) -> dict[str, int]:
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": shared_width,
+    }
+
+
+#: name -> shape. Those named ``tiny`` are no published models: they are for tests and for trying the tools out.
 PRESETS = {
     "qwen3-tiny": Preset(256, 2, 4, 2, 512, tie_word_embeddings=True, head_dim=64, vocab_size=512),
     "qwen3-0.6b": Preset(1024, 28, 16, 8, 3072, tie_word_embeddings=True),
@@ -56,7 +103,26 @@ PRESETS = {
     "qwen3-8b": Preset(4096, 36, 32, 8, 12288, tie_word_embeddings=False),
     "qwen3-14b": Preset(5120, 40, 40, 8, 17408, tie_word_embeddings=False),
     "qwen3-32b": Preset(5120, 64, 64, 8, 25600, tie_word_embeddings=False),
-}
+    "qwen3-moe-tiny": Preset(
+        256, 2, 4, 2, 512, tie_word_embeddings=False, head_dim=64, vocab_size=512, architecture="qwen3moe",
+        **_experts(16, 4, 256),
+    ),
+    "qwen3-30b-a3b": Preset(
+        2048, 48, 32, 4, 6144, tie_word_embeddings=False, architecture="qwen3moe", **_experts(128, 8, 768)
+    ),
+    "qwen3-next-80b-a3b": _hybrid(
+        2048, 48, 16, 2, 5120, 16, 32, tied=False, architecture="qwen3next", vocab_size=151936, **_experts(512, 10, 512, 512)
+    ),
+    "qwen3.5-tiny": _hybrid(256, 4, 4, 2, 512, 2, 4, tied=True, head_dim=64, vocab_size=512),
+    "qwen3.5-0.8b": _hybrid(1024, 24, 8, 2, 3584, 16, 16, tied=True),
+    "qwen3.5-2b": _hybrid(2048, 24, 8, 2, 6144, 16, 16, tied=True),
+    "qwen3.5-4b": _hybrid(2560, 32, 16, 4, 9216, 16, 32, tied=True),
+    "qwen3.5-9b": _hybrid(4096, 32, 16, 4, 12288, 16, 32, tied=False),
+    "qwen3.5-27b": _hybrid(5120, 64, 24, 4, 17408, 16, 48, tied=False),
+    "qwen3.5-35b-a3b": _hybrid(
+        2048, 40, 16, 2, 0, 16, 32, tied=False, architecture="qwen35moe", **_experts(256, 8, 512, 512)
+    ),
+}  # fmt: skip
 
 
 def preset(name: str) -> Preset:
@@ -128,47 +194,103 @@ def _unit_std(quant_type: QuantType) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of the file: shape in torch order, and how its values are drawn (norm weights stay near 1)."""
+    """One tensor of the file: shape in torch order, and the mean and standard deviation of its values."""
 
     name: str
     shape: tuple[int, ...]
     quant_type: QuantType
-    is_norm: bool
+    mean: float
+    std: float
 
     @property
     def nbytes(self) -> int:
         return self.quant_type.row_bytes(self.shape[-1]) * math.prod(self.shape[:-1])
 
 
+def _full_attention(shape: Preset) -> dict[str, tuple[int, ...]]:
+    hidden, gated = shape.hidden_size, bool(shape.linear_num_key_heads)
+    q_size, kv_size = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    return {
+        "attn_q.weight": (q_size * (2 if gated else 1), hidden),
+        "attn_k.weight": (kv_size, hidden),
+        "attn_v.weight": (kv_size, hidden),
+        "attn_q_norm.weight": (shape.head_dim,),
+        "attn_k_norm.weight": (shape.head_dim,),
+        "attn_output.weight": (hidden, q_size),
+    }
+
+
+def _delta_net(shape: Preset) -> dict[str, tuple[int, ...]]:
+    hidden, value_heads = shape.hidden_size, shape.linear_num_value_heads
+    v_size = value_heads * LINEAR_HEAD_DIM
+    channels = 2 * shape.linear_num_key_heads * LINEAR_HEAD_DIM + v_size
+    gates: dict[str, tuple[int, ...]] = (
+        {"ssm_ba.weight": (2 * value_heads, hidden)}
+        if shape.architecture == "qwen3next"
+        else {"ssm_beta.weight": (value_heads, hidden), "ssm_alpha.weight": (value_heads, hidden)}
+    )
+    return {
+        "attn_qkv.weight": (channels, hidden),
+        "attn_gate.weight": (v_size, hidden),
+        "ssm_conv1d.weight": (channels, CONV_KERNEL),
+        "ssm_a": (value_heads,),
+        "ssm_dt.bias": (value_heads,),
+        **gates,
+        "ssm_norm.weight": (LINEAR_HEAD_DIM,),
+        "ssm_out.weight": (hidden, v_size),
+    }
+
+
+def _feed_forward(shape: Preset) -> dict[str, tuple[int, ...]]:
+    hidden, experts, width = shape.hidden_size, shape.num_experts, shape.moe_intermediate_size
+    if not experts:
+        return {
+            "ffn_gate.weight": (shape.intermediate_size, hidden),
+            "ffn_up.weight": (shape.intermediate_size, hidden),
+            "ffn_down.weight": (hidden, shape.intermediate_size),
+        }
+    sparse: dict[str, tuple[int, ...]] = {
+        "ffn_gate_inp.weight": (experts, hidden),
+        "ffn_gate_exps.weight": (experts, width, hidden),
+        "ffn_up_exps.weight": (experts, width, hidden),
+        "ffn_down_exps.weight": (experts, hidden, width),
+    }
+    if shared := shape.shared_expert_intermediate_size:
+        sparse |= {
+            "ffn_gate_inp_shexp.weight": (hidden,),
+            "ffn_gate_shexp.weight": (shared, hidden),
+            "ffn_up_shexp.weight": (shared, hidden),
+            "ffn_down_shexp.weight": (hidden, shared),
+        }
+    return sparse
+
+
+def _distribution(stem: str, dims: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor's values: matrices keep the size of what they are applied to."""
+    if stem.endswith("norm.weight"):
+        return 1.0, 0.1
+    special = {"ssm_a": (-1.0, 0.1), "ssm_dt.bias": (0.0, 0.1)}  # ssm_a is negative: the state decays
+    return special.get(stem, (0.0, dims[-1] ** -0.5))
+
+
 def tensors(shape: Preset, mix: Mix) -> list[Tensor]:
     """All tensors of the model in the types that ``mix`` gives them."""
-    hidden, feed_forward = shape.hidden_size, shape.intermediate_size
-    q_size, kv_size = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    layer = {
-        "attn_norm": (hidden,),
-        "attn_q": (q_size, hidden),
-        "attn_k": (kv_size, hidden),
-        "attn_v": (kv_size, hidden),
-        "attn_q_norm": (shape.head_dim,),
-        "attn_k_norm": (shape.head_dim,),
-        "attn_output": (hidden, q_size),
-        "ffn_norm": (hidden,),
-        "ffn_gate": (feed_forward, hidden),
-        "ffn_up": (feed_forward, hidden),
-        "ffn_down": (hidden, feed_forward),
-    }
+    hidden, layer_types = shape.hidden_size, shape.layer_types
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (shape.vocab_size, hidden),
         "output_norm.weight": (hidden,),
     }
     if not shape.tie_word_embeddings:
         shapes["output.weight"] = (shape.vocab_size, hidden)
-    for i in range(shape.num_hidden_layers):
-        shapes |= {f"blk.{i}.{stem}.weight": dims for stem, dims in layer.items()}
+    second_norm = "post_attention_norm.weight" if shape.linear_num_key_heads else "ffn_norm.weight"
+    for i, kind in enumerate(layer_types):
+        layer: dict[str, tuple[int, ...]] = {"attn_norm.weight": (hidden,), second_norm: (hidden,)}
+        layer |= _delta_net(shape) if kind == "linear_attention" else _full_attention(shape)
+        shapes |= {f"blk.{i}.{stem}": dims for stem, dims in (layer | _feed_forward(shape)).items()}
     gqa_ratio = shape.num_attention_heads // shape.num_key_value_heads
 
     def quant_type(name: str, dims: tuple[int, ...]) -> QuantType:
-        hf_name = gguf_names.hf_name(name)
+        hf_name = gguf_names.hf_name(name, layer_types)
         assert hf_name is not None
         return mixes.quant_type_for(
             mix,
@@ -179,7 +301,10 @@ def tensors(shape: Preset, mix: Mix) -> list[Tensor]:
             tied=shape.tie_word_embeddings,
         )
 
-    return [Tensor(name, dims, quant_type(name, dims), is_norm=len(dims) == 1) for name, dims in shapes.items()]
+    return [
+        Tensor(name, dims, quant_type(name, dims), *_distribution(re.sub(r"^blk\.\d+\.", "", name), dims))
+        for name, dims in shapes.items()
+    ]
 
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -211,22 +336,14 @@ def _metadata(name: str, shape: Preset, mix: Mix) -> dict[str, Any]:
     padding = shape.vocab_size - len(by_bytes) - len(_SPECIAL_TOKENS) - 1
     tokens = [*by_bytes, "he", *(f"[PAD{i}]" for i in range(padding)), *_SPECIAL_TOKENS]
     first_special = shape.vocab_size - len(_SPECIAL_TOKENS)
+    hyperparameters = {f"{shape.architecture}.{key}": value for key, value in _hyperparameters(shape).items()}
     return {
-        "general.architecture": "qwen3",
+        "general.architecture": shape.architecture,
         "general.name": f"{name} with random weights",
         "general.file_type": mix.file_type,
-        "qwen3.block_count": shape.num_hidden_layers,
-        "qwen3.context_length": shape.max_position_embeddings,
-        "qwen3.embedding_length": shape.hidden_size,
-        "qwen3.feed_forward_length": shape.intermediate_size,
-        "qwen3.attention.head_count": shape.num_attention_heads,
-        "qwen3.attention.head_count_kv": shape.num_key_value_heads,
-        "qwen3.attention.key_length": shape.head_dim,
-        "qwen3.attention.value_length": shape.head_dim,
-        "qwen3.attention.layer_norm_rms_epsilon": shape.rms_norm_eps,
-        "qwen3.rope.freq_base": shape.rope_theta,
+        **hyperparameters,
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.pre": "qwen35" if shape.architecture.startswith("qwen35") else "qwen2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.merges": ["h e"],
         "tokenizer.ggml.eos_token_id": first_special + 2,
@@ -234,6 +351,46 @@ def _metadata(name: str, shape: Preset, mix: Mix) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": _CHAT_TEMPLATE,
     }
+
+
+def _hyperparameters(shape: Preset) -> dict[str, Any]:
+    """The architecture's own metadata, without its prefix."""
+    values: dict[str, Any] = {
+        "block_count": shape.num_hidden_layers,
+        "context_length": shape.max_position_embeddings,
+        "embedding_length": shape.hidden_size,
+        "attention.head_count": shape.num_attention_heads,
+        "attention.head_count_kv": shape.num_key_value_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": shape.rms_norm_eps,
+        "rope.freq_base": shape.rope_theta,
+    }
+    if shape.intermediate_size:
+        values["feed_forward_length"] = shape.intermediate_size
+    if shape.num_experts:
+        values |= {
+            "expert_count": shape.num_experts,
+            "expert_used_count": shape.num_experts_per_tok,
+            "expert_feed_forward_length": shape.moe_intermediate_size,
+        }
+    if shape.shared_expert_intermediate_size:
+        values["expert_shared_feed_forward_length"] = shape.shared_expert_intermediate_size
+    if shape.linear_num_key_heads:
+        values |= {
+            "ssm.conv_kernel": CONV_KERNEL,
+            "ssm.state_size": LINEAR_HEAD_DIM,
+            "ssm.group_count": shape.linear_num_key_heads,
+            "ssm.time_step_rank": shape.linear_num_value_heads,
+            "ssm.inner_size": shape.linear_num_value_heads * LINEAR_HEAD_DIM,
+            "full_attention_interval": FULL_ATTENTION_INTERVAL,
+            "rope.dimension_count": shape.head_dim // 4,
+        }
+    if shape.architecture.startswith("qwen35"):
+        pairs = shape.head_dim // 8
+        third = -(-pairs // 3)
+        values["rope.dimension_sections"] = [third, third, pairs - 2 * third, 0]  # llama.cpp insists on them
+    return values
 
 
 def write_preset_gguf(
@@ -270,11 +427,13 @@ def write_preset_gguf(
 def _pieces(tensor: Tensor, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
     """The tensor's bytes, a few million values at a time."""
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode())]))
-    if tensor.is_norm:
-        yield (1 + 0.1 * rng.standard_normal(tensor.shape[0], dtype=np.float32)).view(np.uint8)
+    if tensor.quant_type is types.F32:
+        values = rng.standard_normal(tensor.shape, dtype=np.float32)
+        yield (np.float32(tensor.mean) + np.float32(tensor.std) * values).reshape(-1).view(np.uint8)
         return
     cols = tensor.shape[-1]
     rows_at_once = max(1, _CHUNK_VALUES // cols)
-    for row in range(0, tensor.shape[0], rows_at_once):
-        rows = min(rows_at_once, tensor.shape[0] - row)
-        yield random_values(tensor.quant_type, rows * cols, cols**-0.5, rng)
+    all_rows = math.prod(tensor.shape[:-1])
+    for row in range(0, all_rows, rows_at_once):
+        rows = min(rows_at_once, all_rows - row)
+        yield random_values(tensor.quant_type, rows * cols, tensor.std, rng)

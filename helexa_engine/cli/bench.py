@@ -35,7 +35,9 @@ _SPARE_TOKENS = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=".gguf file, HuggingFace folder, hub id, or demo")
     parser.add_argument(
-        "--preset", metavar="NAME", help="a published shape with random weights instead: qwen3-0.6b ... qwen3-32b"
+        "--preset",
+        metavar="NAME",
+        help="a published shape with random weights instead: qwen3-0.6b, qwen3.5-4b, qwen3-30b-a3b ...",
     )
     parser.add_argument(
         "--preset-folder",
@@ -126,7 +128,7 @@ def measure(
         )
     with open_checkpoint(model_path(model, offline=config.offline)) as checkpoint:
         num_layers = checkpoint.num_layers
-        bytes_per_token = decode_bytes(checkpoint.tensors)
+        bytes_per_token = decode_bytes(checkpoint.tensors, int(checkpoint.config.get("num_experts_per_tok") or 0))
         file_bytes = checkpoint.nbytes
 
     before = machine.resident_bytes()
@@ -196,14 +198,20 @@ def _decode(llm: LLM, prompt: Sequence[int], tokens: int) -> float:
     return result.timings.decode_seconds
 
 
-def decode_bytes(tensors: Iterable[RawTensor]) -> int:
-    """Bytes of weights that one decode step reads: all of them, but of an embedding table that is not also the head one row."""
+def decode_bytes(tensors: Iterable[RawTensor], experts_per_token: int = 0) -> int:
+    """Bytes of weights that one decode step reads: all of them, but one row of an embedding table that is not also the head, and
+    of the experts those that a token takes."""
     tensors = list(tensors)
     has_head = any(tensor.name == "lm_head.weight" for tensor in tensors)
-    return sum(
-        tensor.nbytes // tensor.shape[0] if has_head and tensor.name == "model.embed_tokens.weight" else tensor.nbytes
-        for tensor in tensors
-    )
+    total = 0
+    for tensor in tensors:
+        if has_head and tensor.name == "model.embed_tokens.weight":
+            total += tensor.nbytes // tensor.shape[0]
+        elif ".mlp.experts." in tensor.name:
+            total += tensor.nbytes // tensor.shape[0] * experts_per_token
+        else:
+            total += tensor.nbytes
+    return total
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

@@ -19,6 +19,12 @@ PARAMETERS = {
     "qwen3-8b": 8.2,
     "qwen3-14b": 14.8,
     "qwen3-32b": 32.8,
+    "qwen3-30b-a3b": 30.5,
+    "qwen3-next-80b-a3b": 80.0,
+    "qwen3.5-4b": 4.2,
+    "qwen3.5-9b": 9.0,
+    "qwen3.5-27b": 27.0,
+    "qwen3.5-35b-a3b": 35.0,
 }
 
 
@@ -46,6 +52,10 @@ def test_random_values_have_the_size_asked_for(quant_type: types.QuantType) -> N
     assert len(np.unique(raw)) > 60
 
 
+def size(values: np.ndarray) -> float:
+    return float(np.sqrt((values.astype(np.float64) ** 2).mean()))
+
+
 @pytest.mark.parametrize("quant", mixes.MIXES)
 def test_the_file_is_what_another_reader_expects(tmp_path: Path, quant: str) -> None:
     path = tmp_path / "tiny.gguf"
@@ -63,9 +73,51 @@ def test_the_file_is_what_another_reader_expects(tmp_path: Path, quant: str) -> 
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
         expected = 1.0 if values.ndim == 1 else values.shape[-1] ** -0.5
-        assert np.sqrt((values**2).mean()) == pytest.approx(expected, rel=0.1), tensor.name
+        assert size(values) == pytest.approx(expected, rel=0.1), tensor.name
     assert fractions[-1] == 1.0 and fractions == sorted(fractions)
     assert list(tmp_path.iterdir()) == [path]
+
+
+#: preset -> tensors of a layer with attention, of a layer with a delta net, and of one of either that the other families lack.
+FAMILIES = {
+    "qwen3-moe-tiny": (12, 0, {"ffn_gate_inp.weight": (16, 256), "ffn_down_exps.weight": (16, 256, 256)}),
+    "qwen3.5-tiny": (11, 14, {"ssm_conv1d.weight": (1024, 4), "ssm_alpha.weight": (4, 256), "ssm_a": (4,)}),
+}
+
+
+@pytest.mark.parametrize(("name", "family"), FAMILIES.items(), ids=FAMILIES)
+def test_files_of_every_family_hold_their_tensors(
+    tmp_path: Path, name: str, family: tuple[int, int, dict[str, tuple[int, ...]]]
+) -> None:
+    attention, delta_net, shapes = family
+    path = tmp_path / "tiny.gguf"
+    write_preset_gguf(path, name, "Q4_K_M")
+    reader, shape = gguf.GGUFReader(path), PRESETS[name]
+    attention_layers = shape.layer_types.count("full_attention")
+    expected = attention_layers * attention + (shape.num_hidden_layers - attention_layers) * delta_net
+    assert len(reader.tensors) == 2 + (not shape.tie_word_embeddings) + expected
+    for tensor in reader.tensors:
+        stem = tensor.name.split(".", 2)[-1]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        if stem in shapes:
+            assert values.shape == shapes[stem]
+        if stem == "ssm_a":
+            assert (values < 0).all()
+        elif stem != "ssm_dt.bias":
+            tolerance = 0.1 if values.size > 4096 else 0.2  # a few blocks, each with scales of its own
+            wanted = 1.0 if values.ndim == 1 else values.shape[-1] ** -0.5
+            assert size(values) == pytest.approx(wanted, rel=tolerance), stem
+
+
+def test_qwen3_next_writes_what_it_alone_has() -> None:
+    shapes = {t.name: t.shape for t in tensors(preset("qwen3-next-80b-a3b"), mixes.MIXES["Q4_K_M"])}
+    assert shapes["blk.0.ssm_ba.weight"] == (64, 2048) and "blk.0.ssm_beta.weight" not in shapes
+    assert shapes["blk.0.ffn_gate_inp_shexp.weight"] == (2048,) and shapes["blk.3.attn_q.weight"] == (8192, 2048)
+    types_of = {t.name: t.quant_type.name for t in tensors(preset("qwen3.5-35b-a3b"), mixes.MIXES["Q4_K_M"])}
+    raised = [types_of[f"blk.{i}.{stem}.weight"] for i in (0, 39) for stem in ("ffn_down_exps", "ffn_down_shexp", "attn_qkv")
+              if f"blk.{i}.{stem}.weight" in types_of]  # fmt: skip
+    assert set(raised) == {"Q6_K"} and types_of["blk.5.ffn_down_exps.weight"] == "Q4_K"
+    assert types_of["blk.0.ffn_gate_inp.weight"] == types_of["blk.0.ssm_conv1d.weight"] == "F32"
 
 
 def test_q4_k_m_mixes_as_the_published_files_do() -> None:

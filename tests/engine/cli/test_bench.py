@@ -27,6 +27,13 @@ def test_a_step_reads_one_row_of_an_untied_embedding_and_all_of_a_tied_one() -> 
     assert decode_bytes([embedding, layer, head]) == 34 + 2 * 64 * 34
 
 
+def test_a_step_reads_the_experts_that_a_token_takes() -> None:
+    experts = RawTensor(
+        "model.layers.0.mlp.experts.up_proj.weight", types.Q8_0, (8, 64, 32), np.zeros(8 * 64 * 34, np.uint8)
+    )
+    assert decode_bytes([experts, raw("model.layers.0.x", 64, 32)], experts_per_token=3) == (3 + 1) * 64 * 34
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
