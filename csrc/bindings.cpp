@@ -12,6 +12,7 @@
 #include "paged_attention.h"
 #include "probes.h"
 #include "quant_matmul.h"
+#include "quantize.h"
 #include "thread_pool.h"
 
 namespace py = pybind11;
@@ -125,6 +126,16 @@ PYBIND11_MODULE(_native, module) {
         dequantize(quant_type, s, n, o);
       },
       py::arg("quant_type"), py::arg("source"), py::arg("n"), py::arg("out"), "n values as float32.");
+  module.def(
+      "quantize",
+      [](int quant_type, uintptr_t source, int64_t rows, int64_t cols, uintptr_t weights, uintptr_t out) {
+        const auto* s = pointer<const float>(source, "quantize", "source");
+        auto* o = pointer<void>(out, "quantize", "out");
+        py::gil_scoped_release release;
+        quantize(quant_type, s, rows, cols, reinterpret_cast<const float*>(weights), o);
+      },
+      py::arg("quant_type"), py::arg("source"), py::arg("rows"), py::arg("cols"), py::arg("weights"), py::arg("out"),
+      "rows x cols float32 as blocks; weights [cols] float32 of the squared errors, or 0: all 1.");
 
   module.def("read_bandwidth", &read_bandwidth, py::arg("nbytes") = 256 << 20, py::arg("threads") = 0,
              py::arg("repeats") = 5, py::call_guard<py::gil_scoped_release>(), "Best of some reads, bytes a second.");

@@ -1,0 +1,7 @@
+"""The twin of ``quantize``: numpy."""
+
+from __future__ import annotations
+
+from ...quant.quantize import quantize
+
+__all__ = ["quantize"]
