@@ -145,10 +145,10 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "paged_attention",
       [](uintptr_t qkv, uintptr_t q_norm, uintptr_t k_norm, double eps, uintptr_t cos_sin, int64_t max_positions,
-         uintptr_t positions, uintptr_t slot_mapping, uintptr_t page_tables, int64_t pages_per_sequence,
+         int rotary_dim, uintptr_t positions, uintptr_t slot_mapping, uintptr_t page_tables, int64_t pages_per_sequence,
          uintptr_t cu_seqlens, uintptr_t seq_lens, int64_t num_sequences, uintptr_t k_cache, uintptr_t v_cache,
-         int64_t num_pages, bool half_cache, int num_heads, int num_kv_heads, int head_dim, double scale, uintptr_t ctx,
-         int64_t num_tokens) {
+         int64_t num_pages, bool half_cache, bool gated, int num_heads, int num_kv_heads, int head_dim, double scale,
+         uintptr_t ctx, int64_t num_tokens) {
         constexpr const char* f = "paged_attention";
         PagedAttention p;
         p.qkv = pointer<const float>(qkv, f, "qkv");
@@ -166,6 +166,7 @@ PYBIND11_MODULE(_native, module) {
         p.num_tokens = num_tokens, p.num_sequences = num_sequences, p.pages_per_sequence = pages_per_sequence;
         p.num_pages = num_pages, p.max_positions = max_positions;
         p.num_heads = num_heads, p.num_kv_heads = num_kv_heads, p.head_dim = head_dim;
+        p.rotary_dim = rotary_dim, p.gated = gated;
         p.half_cache = half_cache, p.eps = eps, p.scale = static_cast<float>(scale);
         py::gil_scoped_release release;
         paged_attention(p);

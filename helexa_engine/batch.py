@@ -22,6 +22,7 @@ class Batch:
         slot_mapping: [T] int64, where each new token's key and value go: ``page * page_size + offset``.
         page_tables: [N, P] int32, pages of each sequence in order; entries past its last page are 0 and never read.
         seq_lens: [N] int32, length of each sequence including its new tokens.
+        state_slots: [N] int32, where each sequence's recurrent states are; no two alike. Not read by models without any.
         logits_indices: [M] int64, rows of the hidden states whose logits are wanted.
         caches: one entry a layer.
     """
@@ -33,6 +34,7 @@ class Batch:
     page_tables: torch.Tensor
     seq_lens: torch.Tensor
     logits_indices: torch.Tensor
+    state_slots: torch.Tensor
     caches: list[LayerCache] = field(default_factory=list)
 
     @property

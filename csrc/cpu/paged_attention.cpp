@@ -26,6 +26,8 @@ void check_at(bool holds, const char* argument, int64_t index, const std::string
 void check_arguments(const PagedAttention& p) {
   check(p.head_dim > 0 && p.head_dim % 16 == 0 && p.head_dim <= kMaxHeadDim, kName, "head_dim",
         "a multiple of 16 up to 512", p.head_dim);
+  check(p.rotary_dim > 0 && p.rotary_dim % 2 == 0 && p.rotary_dim <= p.head_dim, kName, "rotary_dim",
+        "even, up to head_dim", p.rotary_dim);
   check(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, kName, "num_heads", "a multiple of num_kv_heads",
         p.num_heads);
   check(p.num_heads / p.num_kv_heads <= kAttentionTileRows, kName, "num_heads", "at most 48 a key-value head",

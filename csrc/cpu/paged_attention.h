@@ -11,10 +11,10 @@ constexpr int kMaxHeadDim = 512;
 
 // N sequences with T new tokens in all, packed. Names, shapes and meaning as in ops/paged_attention.
 struct PagedAttention {
-  const float* qkv;             // [T, (num_heads + 2 * num_kv_heads) * head_dim]
+  const float* qkv;             // [T, qkv_width()]; a gated query head is followed by its gate
   const float* q_norm;          // [head_dim]
   const float* k_norm;          // [head_dim]
-  const float* cos_sin;         // [max_positions, head_dim], cos then sin
+  const float* cos_sin;         // [max_positions, rotary_dim], cos then sin
   const int64_t* positions;     // [T]
   const int64_t* slot_mapping;  // [T]
   const int32_t* page_tables;   // [N, pages_per_sequence]
@@ -25,9 +25,15 @@ struct PagedAttention {
   float* ctx;  // [T, num_heads * head_dim]
   int64_t num_tokens, num_sequences, pages_per_sequence, num_pages, max_positions;
   int num_heads, num_kv_heads, head_dim;
+  int rotary_dim;   // the first dimensions of each head, half-split; the others do not rotate
+  bool gated;       // the context is multiplied by sigmoid(gate)
   bool half_cache;  // float16, else float32
   double eps;
   float scale;
+
+  int64_t query_stride() const { return int64_t(gated ? 2 : 1) * head_dim; }
+  int64_t keys_at() const { return num_heads * query_stride(); }
+  int64_t qkv_width() const { return keys_at() + int64_t(2) * num_kv_heads * head_dim; }
 };
 
 // Writes keys and values of the new tokens, then attends. Each query goes over its keys page by page in one fixed

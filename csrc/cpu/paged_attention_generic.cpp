@@ -96,6 +96,9 @@ Vec operator-(Vec a, Vec b) {
 Vec operator*(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] * b.v[i]; });
 }
+Vec operator/(Vec a, Vec b) {
+  return each([&](int i) { return a.v[i] / b.v[i]; });
+}
 Vec multiply_add(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }

@@ -110,10 +110,18 @@ Vec exp_of_negative(Vec x) {
   return zero_where_less(x, Vec::broadcast(-87.0f), scale_by_power_of_two(y, n));
 }
 
-// RMSNorm and rotation of one head, then a factor. Squares are summed in double so that any order gives the same float,
-// and multiplications and additions stay separate: the cached key is equal bit for bit to the Python reference's.
-void norm_and_rotate(const float* x, const float* weight, double eps, const float* cos_sin, int head_dim, float factor,
-                     float* out) {
+// 1 / (1 + e^-x), from an exponential of a negative number on either side of 0; NaN for NaN.
+Vec sigmoid(Vec x) {
+  const Vec zero = Vec::broadcast(0.0f), one = Vec::broadcast(1.0f);
+  const Vec e = exp_of_negative(zero - max(x, zero - x));
+  return (e + zero_where_less(x, zero, one - e)) / (one + e);
+}
+
+// RMSNorm and rotation of one head (of its first rotary_dim dimensions), then a factor. Squares are summed in double so
+// that any order gives the same float, and multiplications and additions stay separate: the cached key is equal bit for
+// bit to the Python reference's.
+void norm_and_rotate(const float* x, const float* weight, double eps, const float* cos_sin, int rotary_dim,
+                     int head_dim, float factor, float* out) {
   double squares[8] = {};
   for (int d = 0; d < head_dim; d += 8) {
     for (int i = 0; i < 8; ++i) squares[i] += double(x[d + i]) * x[d + i];
@@ -122,7 +130,7 @@ void norm_and_rotate(const float* x, const float* weight, double eps, const floa
   for (int i = 0; i < 8; ++i) sum += squares[i];
   const Vec inverse = Vec::broadcast(float(1.0 / __builtin_sqrt(sum / head_dim + eps)));
   const Vec f = Vec::broadcast(factor);
-  const int half = head_dim / 2;
+  const int half = rotary_dim / 2;
   int d = 0;
   for (; d + Vec::kWidth <= half; d += Vec::kWidth) {
     const Vec a = Vec::load(x + d) * inverse * Vec::load(weight + d);
@@ -137,6 +145,10 @@ void norm_and_rotate(const float* x, const float* weight, double eps, const floa
     out[d] = (a * cos_sin[d] - b * cos_sin[half + d]) * factor;
     out[half + d] = (b * cos_sin[d] + a * cos_sin[half + d]) * factor;
   }
+  for (d = rotary_dim; d + Vec::kWidth <= head_dim; d += Vec::kWidth) {
+    (Vec::load(x + d) * inverse * Vec::load(weight + d) * f).store(out + d);
+  }
+  for (; d < head_dim; ++d) out[d] = x[d] * inverse.first() * weight[d] * factor;
 }
 
 template <class T>
@@ -145,12 +157,11 @@ void write_kv_as(const PagedAttention& p, int64_t begin, int64_t end) {
   alignas(64) float key[kMaxHeadDim];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t token = i / p.num_kv_heads, head = i % p.num_kv_heads;
-    const float* row = p.qkv + token * (p.num_heads + 2 * p.num_kv_heads) * d;
-    const float* k = row + (p.num_heads + head) * d;
-    const float* v = row + (p.num_heads + p.num_kv_heads + head) * d;
+    const float* k = p.qkv + token * p.qkv_width() + p.keys_at() + head * d;
+    const float* v = k + int64_t(p.num_kv_heads) * d;
     const int64_t page = p.slot_mapping[token] / kPageSize, offset = p.slot_mapping[token] % kPageSize;
     const int64_t place = ((page * p.num_kv_heads + head) * kPageSize + offset) * d;
-    norm_and_rotate(k, p.k_norm, p.eps, p.cos_sin + p.positions[token] * d, d, 1.0f, key);
+    norm_and_rotate(k, p.k_norm, p.eps, p.cos_sin + p.positions[token] * p.rotary_dim, p.rotary_dim, d, 1.0f, key);
     for (int j = 0; j < d; j += Vec::kWidth) {
       Vec::load(key + j).store(static_cast<T*>(p.k_cache) + place + j);
       Vec::load(v + j).store(static_cast<T*>(p.v_cache) + place + j);
@@ -203,8 +214,8 @@ void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratc
   for (int r = 0; r < rows; ++r) {
     const int64_t token = tile.first_token + r / group;
     const int64_t head = int64_t(tile.kv_head) * group + r % group;
-    const float* q = p.qkv + (token * (p.num_heads + 2 * p.num_kv_heads) + head) * head_dim;
-    norm_and_rotate(q, p.q_norm, p.eps, p.cos_sin + p.positions[token] * head_dim, head_dim, p.scale,
+    const float* q = p.qkv + token * p.qkv_width() + head * p.query_stride();
+    norm_and_rotate(q, p.q_norm, p.eps, p.cos_sin + p.positions[token] * p.rotary_dim, p.rotary_dim, head_dim, p.scale,
                     queries + r * head_dim);
     maximum[r] = -__builtin_inff();
     sum[r] = 0.0f;
@@ -244,6 +255,9 @@ void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratc
     float* out = p.ctx + (token * p.num_heads + head) * head_dim;
     const Vec inverse = Vec::broadcast(1.0f / sum[r]);
     for (int d = 0; d < head_dim; d += Vec::kWidth) (Vec::load(context + r * head_dim + d) * inverse).store(out + d);
+    if (!p.gated) continue;
+    const float* gate = p.qkv + token * p.qkv_width() + head * p.query_stride() + head_dim;
+    for (int d = 0; d < head_dim; d += Vec::kWidth) (Vec::load(out + d) * sigmoid(Vec::load(gate + d))).store(out + d);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention over a paged cache, with per-head RMSNorm of queries and keys."""
+"""Grouped-query attention over a paged cache, with per-head RMSNorm of queries and keys, gated or not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from .weight import ParameterSlot
 
 
 class Attention:
-    """``x + o(attention(rope(norm(q)), rope(norm(k)), v))`` of one layer.
+    """``x + o(attention(rope(norm(q)), rope(norm(k)), v))`` of one layer; gated, the context is multiplied by ``sigmoid(gate)`` first.
+
+    Qwen3.5's interleaved M-RoPE gives each pair of dimensions one of three positions (time, height, width). For text they are one
+    and the same, so that it equals the plain partial embedding that is computed here.
 
     Args:
         prefix: HuggingFace parameter prefix, ``model.layers.0.self_attn``.
         layer_idx: which of ``batch.caches`` is this layer's.
-        rotary: [max_positions, head_dim] float32, shared by all layers (see :func:`rotary_table`).
+        rotary: [max_positions, rotary_dim] float32, shared by all layers (see :func:`rotary_table`).
+        gated: the query projection has as many rows again for the gates: ``head_dim`` of queries, then of gates, head by head.
     """
 
     def __init__(
@@ -32,15 +36,17 @@ class Attention:
         head_dim: int,
         eps: float,
         rotary: torch.Tensor,
+        gated: bool = False,
         device: str = "cpu",
     ) -> None:
         self._layer_idx = layer_idx
         self._num_heads = num_heads
         self._rotary = rotary
+        self._gated = gated
         self._scale = head_dim**-0.5
         self._qkv = Linear(
             [
-                (f"{prefix}.q_proj.weight", num_heads * head_dim),
+                (f"{prefix}.q_proj.weight", num_heads * head_dim * (2 if gated else 1)),
                 (f"{prefix}.k_proj.weight", num_kv_heads * head_dim),
                 (f"{prefix}.v_proj.weight", num_kv_heads * head_dim),
             ],
@@ -73,5 +79,6 @@ class Attention:
             cache.k,
             cache.v,
             self._scale,
+            self._gated,
         )
         return self._out(context, residual=x)

@@ -160,7 +160,7 @@ class _Reader:
         if listed is None:
             if interval != 1 and "full_attention_interval" in self._config:
                 interval = self.integer("full_attention_interval")
-            return tuple(pattern[(i + 1) % interval == 0] for i in range(num_layers))
+            listed = [pattern[(i + 1) % interval == 0] for i in range(num_layers)]
         if not isinstance(listed, (list, tuple)) or len(listed) != num_layers:
             got = len(listed) if isinstance(listed, (list, tuple)) else repr(listed)
             raise self.fail(f"layer_types: expected {num_layers} entries, one a layer, got {got}")
@@ -169,6 +169,8 @@ class _Reader:
             if kind not in ("linear_attention", "full_attention"):
                 raise self.fail(f"layer_types[{i}]: expected linear_attention or full_attention, got {kind!r}")
             made.append(kind)
+        if "full_attention" not in made:
+            raise self.fail("layer_types: expected at least one layer of full_attention, got none")
         return tuple(made)
 
     def delta_net(self) -> dict[str, Any]:

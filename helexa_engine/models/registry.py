@@ -5,12 +5,14 @@ from __future__ import annotations
 from ..errors import UnsupportedCheckpoint
 from .decoder import Decoder
 from .qwen3 import Qwen3
+from .qwen3_5 import Qwen3_5
 from .qwen3_moe import Qwen3Moe
 
 #: GGUF's architecture string -> model.
 MODELS: dict[str, type[Decoder]] = {
     "qwen3": Qwen3,
     "qwen3moe": Qwen3Moe,
+    "qwen35": Qwen3_5,
 }
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .. import env
 from ..cache.page_pool import PagePool
-from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, KvDtype
+from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, KvDtype, StateCacheSpec
+from ..cache.state_pool import StatePool
 from ..config import EngineConfig
 from ..errors import InvalidRequest, ModelNotFound
 from ..generate_request import GenerateRequest
@@ -47,7 +48,7 @@ class ModelInfo:
         architecture: HuggingFace's ``model_type``.
         vocab_size: width of the logits.
         max_model_len: longest prompt plus answer, in tokens, derived from what fits.
-        weight_bytes, kv_bytes: memory taken by weights and reserved for KV pages.
+        weight_bytes, kv_bytes, state_bytes: memory taken by weights and reserved for KV pages and recurrent states.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ModelInfo:
     max_model_len: int
     weight_bytes: int
     kv_bytes: int
+    state_bytes: int
 
     @property
     def limit(self) -> dict[str, int]:
@@ -153,6 +155,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         max_model_len=memory.max_model_len,
         weight_bytes=weight_bytes,
         kv_bytes=memory.kv_bytes,
+        state_bytes=memory.state_bytes,
     )
     report("ready", 1.0)
     return LoadedModel(engine, processor, info)
@@ -185,11 +188,15 @@ def _kv_dtype(config: EngineConfig, checkpoint: Checkpoint) -> KvDtype:
 def build_engine(
     model: Model, specs: list[CacheSpec], memory: MemoryPlan, config: EngineConfig, vocab_size: int
 ) -> Engine:
-    """An engine over a loaded model, with its KV pages reserved."""
+    """An engine over a loaded model, with its KV pages and states reserved."""
     pages_per_seq = -(-memory.max_model_len // PAGE_SIZE)
+    has_states = any(isinstance(spec, StateCacheSpec) for spec in specs)
     runner = ModelRunner(
         model,
-        [spec.allocate(memory.num_pages) for spec in specs],
+        [
+            spec.allocate(memory.num_pages if isinstance(spec, AttentionCacheSpec) else config.max_num_seqs)
+            for spec in specs
+        ],
         page_size=PAGE_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -200,6 +207,7 @@ def build_engine(
         page_size=PAGE_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        states=StatePool(config.max_num_seqs) if has_states else None,
     )
     return Engine(runner, scheduler, vocab_size=vocab_size, max_model_len=memory.max_model_len, seed=config.seed)
 
@@ -224,6 +232,7 @@ def plan_memory(
         page_bytes=sum(spec.page_bytes for spec in specs if isinstance(spec, AttentionCacheSpec)),
         page_size=PAGE_SIZE,
         workspace_bytes=_workspace_bytes(model_config, config),
+        state_slot_bytes=sum(spec.slot_bytes for spec in specs if isinstance(spec, StateCacheSpec)),
         model_max_len=model_config.max_position_embeddings,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -235,8 +244,14 @@ def plan_memory(
 def _workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Float32 activations of the widest layer in the largest step, and the logits."""
     heads = model.num_attention_heads + 2 * model.num_key_value_heads
-    attention = (heads + model.num_attention_heads) * model.head_dim
-    feed_forward = 3 * model.intermediate_size
-    per_token = 2 * model.hidden_size + max(attention, feed_forward)
+    gates = model.num_attention_heads if model.attn_output_gate else 0
+    attention = (heads + gates + model.num_attention_heads) * model.head_dim
+    values = model.linear_num_value_heads * model.linear_value_head_dim
+    conv = 2 * model.linear_num_key_heads * model.linear_key_head_dim + values
+    delta_net = 2 * conv + 2 * values + 2 * model.linear_num_value_heads
+    # Gate, up and their product, of the dense block or of every expert that a token takes.
+    expert = model.num_experts_per_tok * (model.moe_intermediate_size + model.hidden_size)
+    feed_forward = 3 * max(model.intermediate_size, model.shared_expert_intermediate_size + expert)
+    per_token = 2 * model.hidden_size + max(attention, delta_net, feed_forward)
     rows = max(config.max_num_seqs, LOGITS_ROWS)
     return 4 * (config.max_num_batched_tokens * per_token + rows * model.vocab_size)

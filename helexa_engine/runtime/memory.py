@@ -1,4 +1,4 @@
-"""Does it fit? Bytes for weights, KV pages and workspace, planned before anything is loaded."""
+"""Does it fit? Bytes for weights, KV pages, recurrent states and workspace, planned before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class MemoryPlan:
         weight_bytes: weights as they lie in memory.
         page_bytes: one KV page across all layers.
         num_pages: pages reserved.
+        state_bytes: recurrent states of every sequence that may run; they do not grow with its length.
         workspace_bytes: activations and logits of the largest step.
         max_model_len: longest prompt plus answer, in tokens.
         available_bytes: what the device had free when this was planned.
@@ -29,6 +30,7 @@ class MemoryPlan:
     weight_bytes: int
     page_bytes: int
     num_pages: int
+    state_bytes: int
     workspace_bytes: int
     max_model_len: int
     available_bytes: int
@@ -39,11 +41,12 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.workspace_bytes
 
     def __str__(self) -> str:
+        states = f" + states {_size(self.state_bytes)}" if self.state_bytes else ""
         return (
-            f"weights {_size(self.weight_bytes)} + KV pages {_size(self.kv_bytes)} ({self.num_pages} pages) + workspace "
+            f"weights {_size(self.weight_bytes)} + KV pages {_size(self.kv_bytes)} ({self.num_pages} pages){states} + workspace "
             f"{_size(self.workspace_bytes)} = {_size(self.total_bytes)} of {_size(self.available_bytes)} free; context "
             f"{self.max_model_len} tokens"
         )
@@ -55,6 +58,7 @@ def plan(
     page_bytes: int,
     page_size: int,
     workspace_bytes: int,
+    state_slot_bytes: int = 0,
     model_max_len: int,
     max_model_len: int | None,
     max_num_seqs: int,
@@ -62,24 +66,31 @@ def plan(
     memory_fraction: float,
     device: str = "this machine",
 ) -> MemoryPlan:
-    """Shares ``memory_fraction`` of ``available_bytes`` out to weights, workspace and KV pages, in this order.
+    """Shares ``memory_fraction`` of ``available_bytes`` out to weights, workspace, states and KV pages, in this order.
+
+    ``state_slot_bytes`` are the recurrent states of one sequence across all layers; each of ``max_num_seqs`` has its own.
 
     The context is what was asked for (``max_model_len``), else what the model allows, cut to what fits. Pages beyond one sequence
     of that length are reserved for the other seats, :data:`TOKENS_PER_SEAT` tokens each, as far as they fit.
 
     Raises:
-        ModelDoesNotFit: weights and workspace and the context asked for (else a single page) exceed the share.
+        ModelDoesNotFit: weights, workspace, states and the context asked for (else a single page) exceed the share.
         InvalidRequest: ``max_model_len`` is more than the model allows.
     """
     if max_model_len is not None and max_model_len > model_max_len:
         raise InvalidRequest("max_model_len", f"the model allows at most {model_max_len} tokens, got {max_model_len}")
     budget = int(available_bytes * memory_fraction)
-    spare_pages = (budget - weight_bytes - workspace_bytes) // page_bytes
+    state_bytes = state_slot_bytes * max_num_seqs
+    fixed_bytes = weight_bytes + workspace_bytes + state_bytes
+    spare_pages = (budget - fixed_bytes) // page_bytes
     required_pages = -(-max_model_len // page_size) if max_model_len is not None else 1
     if spare_pages < required_pages:
-        needed = weight_bytes + workspace_bytes + required_pages * page_bytes
+        needed = fixed_bytes + required_pages * page_bytes
         if max_model_len is not None and spare_pages >= 1:
             advice = f"max_model_len={spare_pages * page_size} would fit"
+        elif fixed_bytes + page_bytes > budget >= fixed_bytes - state_bytes + state_slot_bytes + page_bytes:
+            seats = (budget - weight_bytes - workspace_bytes - page_bytes) // state_slot_bytes
+            advice = f"max_num_seqs={seats} would fit: each takes {_size(state_slot_bytes)} of state"
         else:
             advice = "take a smaller model or a smaller quantisation, or free memory"
         raise ModelDoesNotFit(needed, budget, device, f"{advice} (memory_fraction={memory_fraction:g})")
@@ -89,6 +100,7 @@ def plan(
         weight_bytes=weight_bytes,
         page_bytes=page_bytes,
         num_pages=min(spare_pages, -(-wanted_tokens // page_size)),
+        state_bytes=state_bytes,
         workspace_bytes=workspace_bytes,
         max_model_len=context,
         available_bytes=available_bytes,

@@ -1,4 +1,4 @@
-"""Runs the model on chunks: fills the batch, owns the tensors of the KV pages."""
+"""Runs the model on chunks: fills the batch, owns the tensors of the KV pages and of the recurrent states."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..batch import Batch
+from ..cache.spec import StateCache
 from .sampler import Logits
 from .scheduler import Chunk
 
@@ -20,18 +21,18 @@ class Model(Protocol):
     """What a model is to the runtime (see ``models/``)."""
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [T, hidden_size] float32 after the last layer; writes keys and values of the new tokens."""
+        """Hidden states [T, hidden_size] float32 after the last layer; writes keys, values and states of the new tokens."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [M, vocab_size] float32 of hidden states [M, hidden_size]."""
 
 
 class ModelRunner:
-    """Owns the KV pages and the input buffers of a step; nothing grows afterwards.
+    """Owns the KV pages, the states and the input buffers of a step; nothing grows afterwards.
 
     Args:
         model: the loaded model.
-        caches: one entry a layer, with room for every page of the pool.
+        caches: one entry a layer, with room for every page, or for every state slot, of the pools.
         page_size: tokens a page holds.
         max_num_seqs, max_num_batched_tokens: limits of a step.
         max_pages_per_seq: pages of the longest sequence.
@@ -50,16 +51,21 @@ class ModelRunner:
         self.model = model
         self.page_size = page_size
         self._caches = caches
+        self._state_caches = [cache for cache in caches if isinstance(cache, StateCache)]
         self._input_ids = np.zeros(max_num_batched_tokens, np.int64)
         self._positions = np.zeros(max_num_batched_tokens, np.int64)
         self._slot_mapping = np.zeros(max_num_batched_tokens, np.int64)
         self._cu_seqlens = np.zeros(max_num_seqs + 1, np.int32)
         self._seq_lens = np.zeros(max_num_seqs, np.int32)
+        self._state_slots = np.zeros(max_num_seqs, np.int32)
         self._page_tables = np.zeros((max_num_seqs, max_pages_per_seq), np.int32)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order."""
+        """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order. A sequence that begins has a fresh state."""
+        begin = [chunk.sequence.state_slot for chunk in chunks if chunk.start == 0]
+        for cache in self._state_caches if begin else ():
+            cache.clear([slot for slot in begin if slot is not None])
         return self.model.forward(self._batch(chunks))
 
     @torch.inference_mode()
@@ -90,6 +96,7 @@ class ModelRunner:
             self._page_tables[i, : pages.size] = pages
             self._page_tables[i, pages.size :] = 0
             self._seq_lens[i] = chunk.end
+            self._state_slots[i] = sequence.state_slot or 0
             self._cu_seqlens[i + 1] = first = after
             if chunk.samples:
                 last_rows.append(after - 1)
@@ -102,5 +109,6 @@ class ModelRunner:
             page_tables=torch.from_numpy(self._page_tables[:n]),
             seq_lens=torch.from_numpy(self._seq_lens[:n]),
             logits_indices=torch.tensor(last_rows, dtype=torch.int64),
+            state_slots=torch.from_numpy(self._state_slots[:n]),
             caches=self._caches,
         )

@@ -6,6 +6,10 @@ oldest first, in chunks that end at the prompt's end or at a multiple of the pag
 Nothing deadlocks: a sequence is admitted when its whole prompt and one further page are free; when a decoding sequence
 finds no page, the youngest running one gives its pages back and is computed again later. The oldest therefore always
 advances, and alone it always fits, because no sequence may grow beyond the pool.
+
+A model with recurrent states has a slot for every sequence that may run, so only pages are ever short. The last bits of a state
+depend on how its tokens were cut into chunks: cutting at multiples of the page size makes that the same for every chunk size, and
+after a preemption what was generated token by token is computed token by token again.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from ..cache.page_pool import PagePool
+from ..cache.state_pool import StatePool
 from .sequence import Sequence, SequenceStatus
 
 
@@ -43,11 +48,22 @@ class Scheduler:
         page_size: tokens a page holds.
         max_num_seqs: most sequences running at once.
         max_num_batched_tokens: most tokens in a step, at least ``page_size + max_num_seqs - 1``.
+        states: at least ``max_num_seqs`` slots of recurrent state; None for a model without any.
     """
 
-    def __init__(self, pool: PagePool, *, page_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        states: StatePool | None = None,
+    ) -> None:
         assert max_num_batched_tokens >= page_size + max_num_seqs - 1, "a chunk must fit beside every decoding sequence"
+        assert states is None or states.num_slots >= max_num_seqs, "a state slot for every sequence that may run"
         self.pool = pool
+        self.states = states
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -80,6 +96,8 @@ class Scheduler:
                 break
             self.waiting.popleft()
             sequence.pages.extend(self.pool.allocate(self._pages_for(sequence.num_tokens)))
+            if self.states is not None:
+                sequence.state_slot = self.states.allocate()
             sequence.status = SequenceStatus.RUNNING
             sequence.scheduled_at = sequence.scheduled_at or now
             self.running.append(sequence)
@@ -119,10 +137,13 @@ class Scheduler:
         return end - start
 
     def _chunk_end(self, sequence: Sequence, budget: int) -> int:
-        """Where a chunk of at most ``budget`` tokens ends: the end of the sequence or a multiple of the page size."""
-        start = sequence.num_computed_tokens
-        if sequence.num_tokens - start <= budget:
-            return sequence.num_tokens
+        """Where a chunk of at most ``budget`` tokens ends: the end of the sequence (of its prompt, then of each
+        token, where states must be as they were) or a multiple of the page size."""
+        start, end = sequence.num_computed_tokens, sequence.num_tokens
+        if self.states is not None and end > sequence.num_prompt_tokens:
+            end = max(start + 1, sequence.num_prompt_tokens)
+        if end - start <= budget:
+            return end
         return max(start, (start + budget) // self.page_size * self.page_size)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -134,6 +155,9 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
+        if self.states is not None and sequence.state_slot is not None:
+            self.states.release(sequence.state_slot)
+            sequence.state_slot = None
         del sequence.pages[:]
         sequence.num_computed_tokens = 0
 

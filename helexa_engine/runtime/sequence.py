@@ -25,6 +25,7 @@ class Sequence:
         max_tokens: most output tokens, already cut to the context.
         num_computed_tokens: tokens whose keys and values are in ``pages``; 0 again after a preemption.
         pages: KV pages in order, int32.
+        state_slot: where its recurrent states are while it runs; None in a model without any, and while it waits.
         queued_at, scheduled_at, first_token_at, last_token_at: seconds of a monotonic clock; 0 until it happened.
     """
 
@@ -36,6 +37,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
     pages: array[int] = field(default_factory=lambda: array("i"))
+    state_slot: int | None = None
     queued_at: float = 0.0
     scheduled_at: float = 0.0
     first_token_at: float = 0.0

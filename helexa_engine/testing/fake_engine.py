@@ -36,6 +36,7 @@ class FakeModelInfo:
     max_model_len: int = 4096
     weight_bytes: int = 1000
     kv_bytes: int = 100
+    state_bytes: int = 0
     limit: dict[str, int] = field(default_factory=lambda: {"context": 4096, "input": 4095, "output": 4095})
 
 

@@ -1,8 +1,9 @@
 """Attention of new tokens over paged keys and values, with everything between the q|k|v product and the context in one op:
-per-head RMSNorm of q and k, rotary embedding (half-split), cache write, causal grouped-query attention.
+per-head RMSNorm of q and k, rotary embedding (half-split, of the whole head or its first part), cache write, causal grouped-query
+attention, and the sigmoid gate of the context where there is one.
 
 ``paged_attention(qkv, q_norm, k_norm, eps, cos_sin, positions, slot_mapping, page_tables, cu_seqlens, seq_lens, k_cache, v_cache,
-scale) -> ctx``; arguments as in :func:`helexa_engine.ops.paged_attention.reference.paged_attention`.
+scale, gated=False) -> ctx``; arguments as in :func:`helexa_engine.ops.paged_attention.reference.paged_attention`.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def paged_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     scale: float,
+    gated: bool = False,
 ) -> torch.Tensor:
     """See :func:`helexa_engine.ops.paged_attention.reference.paged_attention`; pages hold 64 tokens.
 
@@ -43,10 +44,12 @@ def paged_attention(
     num_pages, num_kv_heads, _, head_dim = k_cache.shape
     num_tokens, width = qkv.shape
     num_sequences, pages_per_sequence = page_tables.shape
-    num_heads = width // head_dim - 2 * num_kv_heads
-    if num_heads < 1 or width % head_dim:
+    query_parts = 2 if gated else 1
+    num_heads, rest = divmod(width - 2 * num_kv_heads * head_dim, query_parts * head_dim)
+    if num_heads < 1 or rest:
+        queries = "2 * Hq" if gated else "Hq"
         raise ValueError(
-            f"paged_attention: qkv: expected [T, (Hq + {2 * num_kv_heads}) * {head_dim}], got {tuple(qkv.shape)}"
+            f"paged_attention: qkv: expected [T, ({queries} + {2 * num_kv_heads}) * {head_dim}], got {tuple(qkv.shape)}"
         )
     cache_shape = (num_pages, num_kv_heads, 64, head_dim)
     cache_dtype = torch.float16 if k_cache.dtype == torch.float16 else torch.float32
@@ -58,8 +61,8 @@ def paged_attention(
         _check("q_norm", q_norm, torch.float32, (head_dim,)),
         _check("k_norm", k_norm, torch.float32, (head_dim,)),
         eps,
-        _check("cos_sin", cos_sin, torch.float32, (cos_sin.shape[0], head_dim)),
-        cos_sin.shape[0],
+        _check("cos_sin", cos_sin, torch.float32, tuple(cos_sin.shape)),
+        *cos_sin.shape,
         _check("positions", positions, torch.int64, (num_tokens,)),
         _check("slot_mapping", slot_mapping, torch.int64, (num_tokens,)),
         _check("page_tables", page_tables, torch.int32, (num_sequences, pages_per_sequence)),
@@ -71,6 +74,7 @@ def paged_attention(
         _check("v_cache", v_cache, cache_dtype, cache_shape),
         num_pages,
         cache_dtype == torch.float16,
+        gated,
         num_heads,
         num_kv_heads,
         head_dim,

@@ -96,6 +96,7 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, rows: int) -> None:
         page_tables=pages[None].int(),
         seq_lens=torch.tensor([rows], dtype=torch.int32),
         logits_indices=torch.tensor([rows - 1]),
+        state_slots=torch.arange(1, dtype=torch.int32),
         caches=[cache],
     )
     stream = x.clone()

@@ -9,15 +9,13 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from helexa_engine import env
-from helexa_engine.batch import Batch
 from helexa_engine.cache.spec import KvDtype
 from helexa_engine.models.config import ModelConfig
 from helexa_engine.models.qwen3 import Qwen3
-from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import types
 
-PAGE_SIZE = 64
+from .sessions import Pool, Session, assert_same, in_one_order
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}
 
 
@@ -52,60 +50,6 @@ def build(**changes) -> tuple[Qwen3ForCausalLM, Qwen3, ModelConfig]:
     return theirs, ours, config
 
 
-class Pool:
-    """Pages of a few sequences, NaN until written."""
-
-    def __init__(self, model: Qwen3, config: ModelConfig, kv_dtype: KvDtype = "float32") -> None:
-        self.model = model
-        self.caches = [spec.allocate(12) for spec in model.cache_specs(config, kv_dtype)]
-        for cache in self.caches:
-            cache.k.fill_(float("nan"))
-            cache.v.fill_(float("nan"))
-
-    @torch.no_grad()
-    def feed(self, *chunks: tuple[Session, list[int]]) -> torch.Tensor:
-        """Logits [tokens of all chunks, vocab] of the new tokens, computed in one batch."""
-        ids, positions, slots, ends, cu = [], [], [], [], [0]
-        tables = torch.zeros(len(chunks), 5, dtype=torch.int32)
-        for i, (session, new) in enumerate(chunks):
-            at = torch.arange(session.length, session.length + len(new))
-            session.length += len(new)
-            pages = torch.tensor(session.pages)
-            tables[i, : len(pages)] = pages.int()
-            ids.append(torch.tensor(new))
-            positions.append(at)
-            slots.append(pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE)
-            ends.append(session.length)
-            cu.append(cu[-1] + len(new))
-        batch = Batch(
-            input_ids=torch.cat(ids),
-            positions=torch.cat(positions),
-            cu_seqlens=torch.tensor(cu, dtype=torch.int32),
-            slot_mapping=torch.cat(slots),
-            page_tables=tables,
-            seq_lens=torch.tensor(ends, dtype=torch.int32),
-            logits_indices=torch.arange(cu[-1]),
-            caches=self.caches,
-        )
-        return self.model.logits(self.model.forward(batch)).clone()
-
-
-@dataclass
-class Session:
-    """One sequence on scattered pages of a pool of its own, or of a shared one."""
-
-    model: Qwen3
-    config: ModelConfig
-    pool: Pool | None = None
-    pages: tuple[int, ...] = (5, 2, 7, 0, 3)
-    length: int = 0
-
-    def feed(self, ids: list[int]) -> torch.Tensor:
-        """Logits [len(ids), vocab] of the new tokens."""
-        self.pool = self.pool or Pool(self.model, self.config)
-        return self.pool.feed((self, ids))
-
-
 SHAPES = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -122,7 +66,7 @@ def test_logits_equal_transformers(shape: str) -> None:
     ids = torch.randint(0, 160, (1, 150), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(ids).logits[0]
-        got = Session(ours, config).feed(ids[0].tolist())
+        got = Session(ours).feed(ids[0].tolist())
     assert (got - expected).abs().max() < 1e-4
 
 
@@ -134,29 +78,12 @@ def test_greedy_tokens_equal_transformers(shape: str) -> None:
         expected = theirs.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[
             0, 70:
         ]
-        session = Session(ours, config)
-        logits = session.feed(prompt[0].tolist())[-1]
-        got = []
-        for _ in range(64):
-            got.append(int(logits.argmax()))
-            logits = session.feed([got[-1]])[-1]
+    got = Session(ours).greedy(prompt[0].tolist(), 64)
     assert got == expected.tolist()
 
 
 def random_ids(count: int, seed: int) -> list[int]:
     return torch.randint(0, 160, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def in_one_order() -> bool:
-    """Whether every op sums in an order that nothing beside it changes. PyTorch's own matmul, in the twin, does not."""
-    return native_core() is not None and not env.forced_ops()
-
-
-def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    if in_one_order():
-        assert torch.equal(got, expected)
-    else:
-        assert (got - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "float16"])
@@ -166,8 +93,8 @@ def test_chunked_prefill_equals_whole(chunk: int, kv_dtype: KvDtype) -> None:
         pytest.skip("a difference of one rounding in float32 can move a cached float16 to its neighbour")
     _, ours, config = build()
     ids = random_ids(140, seed=3)
-    whole = Session(ours, config, Pool(ours, config, kv_dtype)).feed(ids)
-    session = Session(ours, config, Pool(ours, config, kv_dtype))
+    whole = Session(ours, Pool(ours, kv_dtype)).feed(ids)
+    session = Session(ours, Pool(ours, kv_dtype))
     parts = torch.cat([session.feed(ids[i : i + chunk]) for i in range(0, len(ids), chunk)])
     assert_same(parts, whole)
 
@@ -179,15 +106,15 @@ def test_a_batch_equals_each_alone() -> None:
     past = [69, 0, 60]
 
     def sessions(pools: list[Pool]) -> list[Session]:
-        made = [Session(ours, config, pool, pages) for pool, pages in zip(pools, [(1, 9), (4,), (8, 6)], strict=True)]
+        made = [Session(ours, pool, pages) for pool, pages in zip(pools, [(1, 9), (4,), (8, 6)], strict=True)]
         for session, prompt, count in zip(made, prompts, past, strict=True):
             if count:
                 session.feed(prompt[:count])
         return made
 
-    alone = sessions([Pool(ours, config) for _ in prompts])
+    alone = sessions([Pool(ours) for _ in prompts])
     expected = torch.cat([s.feed(p[n:]) for s, p, n in zip(alone, prompts, past, strict=True)])
-    pool = Pool(ours, config)
+    pool = Pool(ours)
     together = sessions([pool] * 3)
     assert_same(pool.feed(*((s, p[n:]) for s, p, n in zip(together, prompts, past, strict=True))), expected)
 
@@ -197,7 +124,7 @@ def test_float16_keys_and_values_stay_close() -> None:
     ids = random_ids(150, seed=1)
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0]
-    got = Session(ours, config, Pool(ours, config, "float16")).feed(ids)
+    got = Session(ours, Pool(ours, "float16")).feed(ids)
     error = ((got - expected).square().sum() / expected.square().sum()).item()
     assert 1e-12 < error < 1e-5, "half precision costs something, and little"
 
@@ -207,5 +134,5 @@ def test_the_comparison_can_fail() -> None:
     ours.layers[0].mixer._q_norm.weight.mul_(1.01)
     ids = torch.randint(0, 160, (1, 64), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        difference = (Session(ours, config).feed(ids[0].tolist()) - theirs(ids).logits[0]).abs().max()
+        difference = (Session(ours).feed(ids[0].tolist()) - theirs(ids).logits[0]).abs().max()
     assert difference > 1e-4

@@ -35,6 +35,7 @@ class Case:
     q_norm: torch.Tensor
     k_norm: torch.Tensor
     cos_sin: torch.Tensor
+    gated: bool = False
 
     def empty_cache(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (self.num_pages, self.num_kv_heads, PAGE_SIZE, self.head_dim)
@@ -60,27 +61,28 @@ class Case:
         return module.paged_attention(
             torch.cat(rows).contiguous(), self.q_norm, self.k_norm, EPS, self.cos_sin, torch.cat(positions),
             torch.cat(slots), tables, torch.tensor(cu, dtype=torch.int32), torch.tensor(ends, dtype=torch.int32),
-            *cache, self.head_dim**-0.5, **options,
+            *cache, self.head_dim**-0.5, self.gated, **options,
         )  # fmt: skip
 
     def whole(self) -> list[tuple[int, int]]:
         return [(0, len(rows)) for rows in self.qkv]
 
 
-def make(lengths, *, heads=(4, 2), head_dim=64, dtype=torch.float16, seed=0) -> Case:
+def make(lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, dtype=torch.float16, seed=0) -> Case:
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
-    width = (num_heads + 2 * num_kv_heads) * head_dim
+    width = ((2 if gated else 1) * num_heads + 2 * num_kv_heads) * head_dim
+    half = (rotary_dim or head_dim) // 2
     counts = [-(-length // PAGE_SIZE) for length in lengths]
     shuffled = torch.randperm(sum(counts) + 3, generator=generator).tolist()
     pages = [[shuffled.pop() for _ in range(count)] for count in counts]
-    angles = torch.arange(max(lengths) + 1)[:, None] * 10000 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    angles = torch.arange(max(lengths) + 1)[:, None] * 10000 ** (-torch.arange(half) / half)
     return Case(
         num_heads, num_kv_heads, head_dim, dtype,
         [2 * torch.randn(length, width, generator=generator) for length in lengths],
         pages, sum(counts) + 3,
         1 + 0.2 * torch.randn(head_dim, generator=generator), 1 + 0.2 * torch.randn(head_dim, generator=generator),
-        torch.cat([angles.cos(), angles.sin()], -1).float(),
+        torch.cat([angles.cos(), angles.sin()], -1).float(), gated,
     )  # fmt: skip
 
 
@@ -121,6 +123,27 @@ def test_equals_the_twin_at_every_length(isa: str, length: int, dtype: torch.dty
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (8, 1), (7, 1)], ids=str)
 def test_equals_the_twin_for_every_shape(isa: str, heads: tuple[int, int], head_dim: int) -> None:
     assert_as_good_as_the_twin(make([70, 3], heads=heads, head_dim=head_dim))
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(256, 64), (64, 16), (48, 12), (32, 8), (80, 40), (64, 62)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gates_and_partial_rotary_equal_the_twin(isa: str, head_dim: int, rotary_dim: int, gated: bool) -> None:
+    assert_as_good_as_the_twin(make([70, 3, 65], heads=(6, 2), head_dim=head_dim, rotary_dim=rotary_dim, gated=gated))
+
+
+def test_a_gate_multiplies_the_context_of_its_own_head(isa: str) -> None:
+    """Gates of 0 halve the context; +-90 let everything and nothing through; the context itself is that without a gate."""
+    case = make([20], gated=True)
+    rows = case.qkv[0].view(20, 12, 64)
+    queries, gates = rows[:, 0:8:2], rows[:, 1:8:2]
+    plain = replace(case, qkv=[torch.cat([queries, rows[:, 8:]], 1).reshape(20, -1)], gated=False)
+    for head, value in enumerate((0.0, 90.0, -90.0, 1e30)):
+        gates[:, head] = value
+    context = plain.run(native, plain.empty_cache(), plain.whole()).view(20, 4, 64)
+    got = case.run(native, case.empty_cache(), case.whole()).view(20, 4, 64)
+    assert torch.equal(got[:, 0], context[:, 0] / 2)
+    assert torch.equal(got[:, 1], context[:, 1]) and torch.equal(got[:, 3], context[:, 3])
+    assert got[:, 2].abs().max() < 1e-35
 
 
 def test_packed_sequences_of_unequal_length(isa: str) -> None:

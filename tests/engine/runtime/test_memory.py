@@ -59,6 +59,15 @@ def test_a_context_that_does_not_fit_names_one_that_does() -> None:
     assert make(available_bytes=1000 * MIB, max_model_len=19200).num_pages == 300
 
 
+def test_states_are_reserved_for_every_seat() -> None:
+    p = make(available_bytes=1000 * MIB, state_slot_bytes=10 * MIB)
+    assert (p.state_bytes, p.num_pages) == (80 * MIB, 220)
+    assert p.total_bytes == 1000 * MIB and "+ states 80.0 MiB +" in str(p)
+    assert "states" not in str(make())
+    with pytest.raises(ModelDoesNotFit, match=r"max_num_seqs=2 would fit: each takes 50.0 MiB of state"):
+        make(available_bytes=801 * MIB, state_slot_bytes=50 * MIB)
+
+
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="max_model_len: the model allows at most 40960 tokens"):
         make(max_model_len=40961)

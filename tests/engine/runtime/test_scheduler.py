@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helexa_engine.cache.page_pool import PagePool
+from helexa_engine.cache.state_pool import StatePool
 from helexa_engine.runtime.scheduler import Scheduler
 from helexa_engine.runtime.sequence import Sequence, SequenceStatus
 
@@ -17,8 +18,14 @@ def make_sequence(prompt: int, max_tokens: int, name: str = "r") -> Sequence:
     return Sequence(name, 0, list(range(prompt)), prompt, max_tokens)
 
 
-def make_scheduler(num_pages: int = 16, seqs: int = 4, tokens: int = 128) -> Scheduler:
-    return Scheduler(PagePool(num_pages), page_size=PAGE, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+def make_scheduler(num_pages: int = 16, seqs: int = 4, tokens: int = 128, *, states: bool = False) -> Scheduler:
+    return Scheduler(
+        PagePool(num_pages),
+        page_size=PAGE,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        states=StatePool(seqs) if states else None,
+    )
 
 
 def advance(scheduler: Scheduler) -> list[tuple[str, int, int]]:
@@ -104,6 +111,51 @@ def test_youngest_gives_its_pages_back_and_is_computed_again() -> None:
     assert scheduler.pool.num_used == 0
 
 
+def test_state_pool_refuses_a_double_free() -> None:
+    pool = StatePool(2)
+    first, second = pool.allocate(), pool.allocate()
+    assert {first, second} == {0, 1} and (pool.num_free, pool.num_used) == (0, 2)
+    with pytest.raises(AssertionError, match="all 2 state slots are taken"):
+        pool.allocate()
+    pool.release(first)
+    with pytest.raises(AssertionError, match="is not held"):
+        pool.release(first)
+    assert pool.allocate() == first
+
+
+def test_running_sequences_hold_a_state_slot_each() -> None:
+    scheduler = make_scheduler(seqs=2, states=True)
+    sequences = [make_sequence(10, 3, name) for name in "abc"]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    advance(scheduler)
+    assert [s.state_slot for s in sequences] == [0, 1, None]
+    scheduler.remove(sequences[0])
+    assert sequences[0].state_slot is None
+    advance(scheduler)
+    assert sequences[2].state_slot == 0
+    while scheduler.has_work:
+        advance(scheduler)
+    assert scheduler.states is not None and scheduler.states.num_used == 0
+
+
+def test_after_a_preemption_states_are_made_in_the_same_steps() -> None:
+    """The prompt in its chunks, then token by token what was generated token by token; without states, whole."""
+    for states in (False, True):
+        scheduler = make_scheduler(num_pages=4, tokens=256, states=states)
+        scheduler.add(make_sequence(63, 70, "old"))
+        scheduler.add(make_sequence(70, 100, "young"))
+        while not scheduler.num_preemptions:
+            advance(scheduler)
+        length = scheduler.waiting[0].num_tokens
+        assert length > 73
+        replayed: list[tuple[int, int]] = []
+        while len(replayed) < 4:
+            replayed += [(start, end) for name, start, end in advance(scheduler) if name == "young"]
+        assert replayed[0] == ((0, 70) if states else (0, length))
+        assert replayed[1:] == [(i, i + 1) for i in range(replayed[0][1], replayed[0][1] + 3)]
+
+
 def test_a_chunk_must_fit_beside_the_decoding_sequences() -> None:
     with pytest.raises(AssertionError, match="a chunk must fit"):
         make_scheduler(seqs=66, tokens=128)
@@ -111,6 +163,7 @@ def test_a_chunk_must_fit_beside_the_decoding_sequences() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
+    states=st.booleans(),
     num_pages=st.integers(2, 12),
     seqs=st.integers(1, 5),
     tokens=st.integers(70, 200),
@@ -120,11 +173,11 @@ def test_a_chunk_must_fit_beside_the_decoding_sequences() -> None:
         max_size=12,
     ),
 )
-def test_every_request_ends_and_no_page_is_lost(
-    num_pages: int, seqs: int, tokens: int, arrivals: list[tuple[int, int, int, int | None]]
+def test_every_request_ends_and_no_page_or_slot_is_lost(
+    states: bool, num_pages: int, seqs: int, tokens: int, arrivals: list[tuple[int, int, int, int | None]]
 ) -> None:
     """Arrivals are (step, prompt tokens, answer tokens, step of an abort)."""
-    scheduler = make_scheduler(num_pages, seqs, tokens)
+    scheduler = make_scheduler(num_pages, seqs, tokens, states=states)
     capacity = num_pages * PAGE
     sequences = []
     for i, (arrival, prompt, answer, abort) in enumerate(arrivals):
@@ -144,11 +197,14 @@ def test_every_request_ends_and_no_page_is_lost(
         held = [page for s in running for page in s.pages]
         assert len(held) == len(set(held)) == scheduler.pool.num_used
         assert len(running) <= seqs
+        if scheduler.states is not None:
+            assert len({s.state_slot for s in running}) == len(running) == scheduler.states.num_used
         for sequence in running:
             assert len(sequence.pages) * PAGE >= sequence.num_computed_tokens
         step += 1
         assert step < 50 + total * len(sequences), "a request never ends"
     assert scheduler.pool.num_used == 0
+    assert scheduler.states is None or scheduler.states.num_used == 0
     for _, sequence, abort in sequences:
         assert sequence.status is SequenceStatus.FINISHED
         assert abort is not None or sequence.num_output_tokens == sequence.max_tokens
