@@ -6,13 +6,17 @@ from ..errors import UnsupportedCheckpoint
 from .decoder import Decoder
 from .qwen3 import Qwen3
 from .qwen3_5 import Qwen3_5
+from .qwen3_5_moe import Qwen3_5Moe
 from .qwen3_moe import Qwen3Moe
+from .qwen3_next import Qwen3Next
 
 #: GGUF's architecture string -> model.
 MODELS: dict[str, type[Decoder]] = {
     "qwen3": Qwen3,
     "qwen3moe": Qwen3Moe,
+    "qwen3next": Qwen3Next,
     "qwen35": Qwen3_5,
+    "qwen35moe": Qwen3_5Moe,
 }
 
 

@@ -20,7 +20,8 @@ from helexa_engine.weights.gguf_names import gguf_name
 from helexa_engine.weights.gguf_writer import GGUFWriter
 from helexa_engine.weights.loader import load
 
-from .test_qwen3 import Pool, Session, assert_same, random_ids
+from .sessions import Pool, Session, assert_same
+from .test_qwen3 import random_ids
 
 SHAPES: dict[str, dict[str, Any]] = {
     "normalised": {},
@@ -100,10 +101,10 @@ def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, shape: str)
     ids = random_ids(150, seed=1)
     with torch.no_grad():
         expected = theirs(torch.tensor([ids])).logits[0]
-        assert (Session(ours, config).feed(ids) - expected).abs().max() < 1e-4
+        assert (Session(ours).feed(ids) - expected).abs().max() < 1e-4
         prompt = torch.tensor([ids[:70]])
         answer = theirs.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-    session = Session(ours, config)
+    session = Session(ours)
     got, logits = [], session.feed(ids[:70])[-1]
     for _ in range(64):
         got.append(int(logits.argmax()))
@@ -117,7 +118,7 @@ def test_gguf_equals_the_folder_to_the_bit(tmp_path: Path, fused: bool) -> None:
     folder, config = read(tmp_path / "hf")
     gguf, gguf_config = read(write_gguf(tmp_path / "hf", tmp_path / "model.gguf", fused=fused))
     ids = random_ids(40, seed=5)
-    assert torch.equal(Session(gguf, gguf_config).feed(ids), Session(folder, config).feed(ids))
+    assert torch.equal(Session(gguf).feed(ids), Session(folder).feed(ids))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 63, 64, 65])
@@ -126,8 +127,8 @@ def test_chunked_prefill_equals_whole(tmp_path: Path, chunk: int, quant_type: Qu
     write_folder(tmp_path / "hf", num_hidden_layers=2)
     ours, config = read(write_gguf(tmp_path / "hf", tmp_path / "model.gguf", quant_type))
     ids = random_ids(140, seed=3)
-    whole = Session(ours, config).feed(ids)
-    session = Session(ours, config)
+    whole = Session(ours).feed(ids)
+    session = Session(ours)
     assert_same(torch.cat([session.feed(ids[i : i + chunk]) for i in range(0, len(ids), chunk)]), whole)
 
 
@@ -135,9 +136,9 @@ def test_a_batch_equals_each_alone(tmp_path: Path) -> None:
     write_folder(tmp_path / "hf", num_hidden_layers=2)
     ours, config = read(write_gguf(tmp_path / "hf", tmp_path / "model.gguf", types.Q8_0))
     prompts = [random_ids(count, seed=count) for count in (70, 1, 100)]
-    expected = torch.cat([Session(ours, config).feed(prompt) for prompt in prompts])
-    pool = Pool(ours, config)
-    sessions = [Session(ours, config, pool, pages) for pages in [(1, 9), (4,), (8, 6)]]
+    expected = torch.cat([Session(ours).feed(prompt) for prompt in prompts])
+    pool = Pool(ours)
+    sessions = [Session(ours, pool, pages) for pages in [(1, 9), (4,), (8, 6)]]
     assert_same(pool.feed(*zip(sessions, prompts, strict=True)), expected)
 
 
@@ -147,7 +148,7 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     ours.layers[1].feed_forward._top_k = 3
     ids = random_ids(64, seed=1)
     with torch.no_grad():
-        difference = (Session(ours, config).feed(ids) - theirs(torch.tensor([ids])).logits[0]).abs().max()
+        difference = (Session(ours).feed(ids) - theirs(torch.tensor([ids])).logits[0]).abs().max()
     assert difference > 1e-2
 
 

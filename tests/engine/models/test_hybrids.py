@@ -1,4 +1,4 @@
-"""Qwen3.5, dense, against HuggingFace transformers, and the equalities that a recurrent state must keep."""
+"""The hybrids against HuggingFace transformers, and the equalities that a recurrent state must keep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from helexa_engine.models.config import ModelConfig
 from helexa_engine.models.decoder import Decoder
@@ -24,12 +32,24 @@ SHAPE = dict(
     vocab_size=VOCAB, max_position_embeddings=512, rms_norm_eps=1e-6, linear_num_key_heads=2, linear_key_head_dim=16,
     linear_value_head_dim=16,
 )  # fmt: skip
-#: value heads for each key head -> what else differs
+EXPERTS = dict(
+    num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=48, norm_topk_prob=True
+)  # fmt: skip
+DENSE = (Qwen3_5TextConfig, Qwen3_5ForCausalLM)
+MOE = (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM)
+NEXT = (Qwen3NextConfig, Qwen3NextForCausalLM)
+#: name -> classes, and what differs from SHAPE; K = 2 key heads
 SHAPES = {
-    "V = K": {"linear_num_value_heads": 2, "tie_word_embeddings": True},
-    "V = 2K": {"linear_num_value_heads": 4},
-    "V = 3K": {"linear_num_value_heads": 6, "layer_types": ["full_attention", "linear_attention"] * 2},
-    "head_dim 256": {"linear_num_value_heads": 4, "head_dim": 256, "num_key_value_heads": 1},
+    "V = K": (DENSE, {"linear_num_value_heads": 2, "tie_word_embeddings": True}),
+    "V = 2K": (DENSE, {"linear_num_value_heads": 4}),
+    "V = 3K": (DENSE, {"linear_num_value_heads": 6, "layer_types": ["full_attention", "linear_attention"] * 2}),
+    "head_dim 256": (DENSE, {"linear_num_value_heads": 4, "head_dim": 256, "num_key_value_heads": 1}),
+    "experts, V = K": (MOE, EXPERTS | {"linear_num_value_heads": 2}),
+    "experts, V = 2K": (MOE, EXPERTS | {"linear_num_value_heads": 4, "tie_word_embeddings": True}),
+    "experts, V = 3K": (MOE, EXPERTS | {"linear_num_value_heads": 6}),
+    "next, V = K": (NEXT, EXPERTS | {"linear_num_value_heads": 2}),
+    "next, V = 2K": (NEXT, EXPERTS | {"linear_num_value_heads": 4}),
+    "next, V = 3K": (NEXT, EXPERTS | {"linear_num_value_heads": 6}),
 }
 Build = Callable[[str], tuple[PreTrainedModel, Decoder]]
 
@@ -62,9 +82,10 @@ def load(folder: Path) -> Decoder:
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     @cache
     def make(shape: str) -> tuple[PreTrainedModel, Decoder]:
-        theirs = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**(SHAPE | SHAPES[shape]))).eval().float()
+        (config_class, theirs_class), changes = SHAPES[shape]
+        theirs = theirs_class(config_class(**(SHAPE | changes))).eval().float()
         randomise(theirs)
-        folder = tmp_path_factory.mktemp("qwen3_5")
+        folder = tmp_path_factory.mktemp("hybrid")
         theirs.save_pretrained(folder)
         return theirs, load(folder)
 
@@ -89,7 +110,7 @@ def test_logits_equal_transformers(build: Build, shape: str) -> None:
     assert (Session(ours).feed(ids) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("shape", ["V = K", "V = 2K", "V = 3K"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_transformers(build: Build, shape: str) -> None:
     theirs, ours = build(shape)
     prompt = random_ids(70, seed=2)
@@ -111,9 +132,10 @@ def test_the_state_matters(build: Build) -> None:
     assert (forgot.feed(ids[64:])[20] - whole[84]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("shape", ["V = 2K", "next, V = 3K"])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 63, 64, 65, 127])
-def test_chunked_prefill_equals_whole(build: Build, chunk: int) -> None:
-    _, ours = build("V = 2K")
+def test_chunked_prefill_equals_whole(build: Build, chunk: int, shape: str) -> None:
+    _, ours = build(shape)
     ids = random_ids(200, seed=3)
     whole, session = Session(ours), Session(ours)
     expected = whole.feed(ids)
