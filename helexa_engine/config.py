@@ -59,6 +59,10 @@ class EngineConfig:
     )
     memory_fraction: float = knob(0.9, "share of free memory that weights and KV pages may take", low=0.05, high=1.0)
     seed: int | None = knob(None, "seed for requests that give none; default: drawn at start")
+    mmap_experts: bool = knob(
+        False,
+        "leave the experts of a GGUF file in the mapped file, for models larger than memory: slower, no memory reserved for them",
+    )
     num_threads: int | None = knob(
         None, "threads of the native core; default: the physical cores this process may use", low=1, high=1024
     )

@@ -66,6 +66,7 @@ class LLM:
         memory_fraction: float = 0.9,
         tensor_parallel_size: int = 1,
         seed: int | None = None,
+        mmap_experts: bool = False,
         num_threads: int | None = None,
         offline: bool = False,
         progress: Progress | None = None,
@@ -82,6 +83,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             memory_fraction=memory_fraction,
             seed=seed,
+            mmap_experts=mmap_experts,
             num_threads=num_threads,
             offline=offline,
         )

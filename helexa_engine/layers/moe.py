@@ -34,7 +34,7 @@ class ExpertsParameter:
         self._take(raw, mapped=True)
 
     def _take(self, raw: RawTensor, *, mapped: bool) -> None:
-        data = raw.data.reshape(self.experts or 1, -1)
+        data = raw.members() if self.experts else raw.data.reshape(1, -1)
         self.packed = self.moe.pack_experts(raw.quant_type, data, self.rows, self.cols, mapped=mapped)
 
 

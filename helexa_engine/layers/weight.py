@@ -29,6 +29,9 @@ class RawTensor(Protocol):
     def data(self) -> np.ndarray:
         """uint8, as in a GGUF file of this type."""
 
+    def members(self) -> np.ndarray:
+        """A stack's matrices, uint8 [matrices, bytes of one]."""
+
 
 class ParameterSlot(Protocol):
     """A place for one checkpoint tensor. The loader checks ``shape`` and calls :meth:`load` once."""

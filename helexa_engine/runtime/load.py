@@ -23,8 +23,8 @@ from ..text.request_processor import RequestProcessor
 from ..text.tokenizer import Tokenizer
 from ..weights import hub
 from ..weights.checkpoint import Checkpoint, open_checkpoint
+from ..weights.loader import expert_names, required_bytes
 from ..weights.loader import load as load_weights
-from ..weights.loader import required_bytes
 from .engine import LOGITS_ROWS, Engine, EngineRequest
 from .engine_thread import EngineThread
 from .memory import MemoryPlan, available_bytes, plan
@@ -140,12 +140,23 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         build = model_class(checkpoint.architecture, checkpoint.where)
         model_config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
         specs = build.cache_specs(model_config, _kv_dtype(config, checkpoint))
-        weight_bytes = required_bytes(checkpoint, dtype=config.dtype, quant=config.quant)
-        memory = plan_memory(model_config, specs, config, weight_bytes)
+        weight_bytes = required_bytes(
+            checkpoint, dtype=config.dtype, quant=config.quant, mmap_experts=config.mmap_experts
+        )
+        mapped = expert_names(checkpoint, dtype=config.dtype, quant=config.quant) if config.mmap_experts else ()
+        mapped_bytes = sum(checkpoint.tensor(name).nbytes for name in mapped)
+        memory = plan_memory(model_config, specs, config, weight_bytes, mapped_bytes=mapped_bytes)
         log.info("%s: %s", path.name, memory)
         processor = _request_processor(checkpoint, model_config.vocab_size)
         net = build(model_config, memory.max_model_len)
-        load_weights(net, checkpoint, dtype=config.dtype, quant=config.quant, progress=report)
+        load_weights(
+            net,
+            checkpoint,
+            dtype=config.dtype,
+            quant=config.quant,
+            mmap_experts=config.mmap_experts,
+            progress=report,
+        )
     engine = build_engine(net, specs, memory, config, model_config.vocab_size)
     info = ModelInfo(
         name=_name(model, path),
@@ -218,6 +229,7 @@ def plan_memory(
     config: EngineConfig,
     weight_bytes: int,
     available: int | None = None,
+    mapped_bytes: int = 0,
 ) -> MemoryPlan:
     """The plan for a model of this shape on this machine. Raises :class:`ModelDoesNotFit`, :class:`InvalidRequest`."""
     needed = PAGE_SIZE + config.max_num_seqs - 1
@@ -238,6 +250,7 @@ def plan_memory(
         max_num_seqs=config.max_num_seqs,
         available_bytes=available_bytes() if available is None else available,
         memory_fraction=config.memory_fraction,
+        mapped_bytes=mapped_bytes,
     )
 
 

@@ -25,6 +25,7 @@ class MemoryPlan:
         workspace_bytes: activations and logits of the largest step.
         max_model_len: longest prompt plus answer, in tokens.
         available_bytes: what the device had free when this was planned.
+        mapped_bytes: experts left in the mapped file; not reserved, the page cache holds as much of them as there is room for.
     """
 
     weight_bytes: int
@@ -34,6 +35,7 @@ class MemoryPlan:
     workspace_bytes: int
     max_model_len: int
     available_bytes: int
+    mapped_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -49,6 +51,7 @@ class MemoryPlan:
             f"weights {_size(self.weight_bytes)} + KV pages {_size(self.kv_bytes)} ({self.num_pages} pages){states} + workspace "
             f"{_size(self.workspace_bytes)} = {_size(self.total_bytes)} of {_size(self.available_bytes)} free; context "
             f"{self.max_model_len} tokens"
+            + (f"; {_size(self.mapped_bytes)} of experts stay in the mapped file" if self.mapped_bytes else "")
         )
 
 
@@ -64,6 +67,7 @@ def plan(
     max_num_seqs: int,
     available_bytes: int,
     memory_fraction: float,
+    mapped_bytes: int = 0,
     device: str = "this machine",
 ) -> MemoryPlan:
     """Shares ``memory_fraction`` of ``available_bytes`` out to weights, workspace, states and KV pages, in this order.
@@ -104,6 +108,7 @@ def plan(
         workspace_bytes=workspace_bytes,
         max_model_len=context,
         available_bytes=available_bytes,
+        mapped_bytes=mapped_bytes,
     )
 
 

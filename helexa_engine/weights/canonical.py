@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -204,13 +205,13 @@ def _split_gate_up(shape: _Shape, prefix: str, raw: RawTensor) -> list[RawTensor
     width = shape["moe_intermediate_size"]
     shape.check_rows(raw, 2 * width, "gate, up", ndim=3)
     experts, _, cols = raw.shape
+
+    def half(number: int) -> Callable[[], np.ndarray]:
+        return lambda: raw.data.reshape(experts, 2, -1)[:, number]  # a view, so that it can stay in the mapped file
+
     return [
-        raw.rearranged(
-            f"{prefix}.mlp.experts.{part}_proj.weight",
-            (experts, width, cols),
-            _of_each_group(experts, start, start + width),
-        )
-        for part, start in (("gate", 0), ("up", width))
+        replace(raw, name=f"{prefix}.mlp.experts.{part}_proj.weight", shape=(experts, width, cols), source=half(number))
+        for number, part in enumerate(("gate", "up"))
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,13 @@ class Slot(Protocol):
     def load(self, raw: Any) -> None: ...
 
 
+@runtime_checkable
+class MappableSlot(Slot, Protocol):
+    """A slot that can also leave its weights where the file is mapped."""
+
+    def map(self, raw: Any) -> None: ...
+
+
 class Loadable(Protocol):
     def parameters_wanted(self) -> Mapping[str, Slot]: ...
 
@@ -39,6 +46,7 @@ def load(
     *,
     dtype: str = "auto",
     quant: str | None = None,
+    mmap_experts: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Loads every parameter that ``model`` wants.
@@ -46,20 +54,25 @@ def load(
     Args:
         quant: a mix of :mod:`helexa_engine.quant.mixes` (``Q4_K_M``) to quantise unquantised matrices to, instead of ``dtype``.
         dtype: ``auto`` keeps what the file has; ``float32``, ``float16``, ``bfloat16`` converts unquantised matrices.
+        mmap_experts: experts stay in the mapped file, see :func:`expert_names`.
         progress: called after each tensor.
 
     Raises:
-        InvalidRequest: there is no such dtype or mix.
+        InvalidRequest: there is no such dtype or mix, or the experts cannot stay in the file.
         UnsupportedCheckpoint: a tensor is missing, unexpected or of the wrong shape; nothing is loaded then.
     """
     types_wanted = _mix_types(checkpoint, quant)
+    mapped = expert_names(checkpoint, dtype=dtype, quant=quant) if mmap_experts else frozenset()
     wanted = model.parameters_wanted()
     _check(wanted, checkpoint)
     total = sum(checkpoint.tensor(name).nbytes for name in wanted) or 1
     done = 0
     for name, slot in wanted.items():
         raw = checkpoint.tensor(name)
-        if name in types_wanted:
+        if name in mapped:
+            assert isinstance(slot, MappableSlot), name
+            slot.map(raw)
+        elif name in types_wanted:
             slot.load(requantize(raw, types_wanted[name], str(checkpoint.path)))
         else:
             slot.load(convert(raw, "float32" if mixes.stays_float32(name, raw.shape) else dtype))
@@ -67,6 +80,28 @@ def load(
         done += raw.nbytes
         if progress is not None:
             progress("loading weights", done / total)
+
+
+def expert_names(checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | None = None) -> frozenset[str]:
+    """The tensors that ``mmap_experts`` leaves in the file; none in a dense model.
+
+    Raises:
+        InvalidRequest: it is no GGUF file, whose experts are stacked as they are used; or they would have to be converted.
+    """
+    names = frozenset(name for name in checkpoint.tensor_names() if ".mlp.experts." in name)
+    if names and checkpoint.metadata is None:
+        raise InvalidRequest(
+            "mmap_experts",
+            "expected a GGUF file; a HuggingFace folder's experts are no matrices that can stay where they are",
+        )
+    types_wanted = _mix_types(checkpoint, quant)
+    for name in names:
+        stored = checkpoint.tensor(name).quant_type
+        if name in types_wanted or (stored.is_float and _FLOATS.get(dtype, stored) is not stored):
+            raise InvalidRequest(
+                "mmap_experts", f"the experts stay as the file has them, in {stored}; leave quant and dtype out"
+            )
+    return names
 
 
 def _check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
@@ -117,11 +152,19 @@ def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType
     return changed
 
 
-def required_bytes(checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | None = None) -> int:
-    """Bytes of the weights once loaded, from the headers alone; vectors and the like are float32 whatever the file has."""
+def required_bytes(
+    checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | None = None, mmap_experts: bool = False
+) -> int:
+    """Bytes of the weights once loaded, from the headers alone; vectors and the like are float32 whatever the file has.
+
+    With ``mmap_experts`` without the experts, which take nothing. Raises as :func:`load` does.
+    """
     types_wanted = _mix_types(checkpoint, quant)
+    mapped = expert_names(checkpoint, dtype=dtype, quant=quant) if mmap_experts else frozenset()
     total = 0
     for raw in checkpoint.tensors:
+        if raw.name in mapped:
+            continue
         target = types_wanted.get(raw.name, raw.quant_type)
         if mixes.stays_float32(raw.name, raw.shape) or target is types.F64:
             target = types.F32

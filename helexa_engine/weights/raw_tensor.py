@@ -24,7 +24,8 @@ class RawTensor:
     Attributes:
         name: under which the checkpoint presents it.
         shape: PyTorch's order ([out, in]).
-        source: uint8 as in a GGUF file of this type, usually a view of a map; or what makes it when it is wanted.
+        source: uint8 as in a GGUF file of this type, usually a view of a map; or what makes it when it is wanted. Of a stack it
+            may be [matrices, bytes of one], then not always contiguous.
         stored_names: tensors of the file that it is made of.
     """
 
@@ -37,6 +38,13 @@ class RawTensor:
     @property
     def data(self) -> np.ndarray:
         """uint8, as in a GGUF file of this type. A tensor made of others is made anew each time."""
+        return self._made().reshape(-1)
+
+    def members(self) -> np.ndarray:
+        """A stack's matrices, uint8 [matrices, bytes of one]: a view of the file where it holds each in one piece."""
+        return self._made().reshape(self.shape[0], -1)
+
+    def _made(self) -> np.ndarray:
         return self.source() if callable(self.source) else self.source
 
     @property

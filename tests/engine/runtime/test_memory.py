@@ -73,6 +73,12 @@ def test_a_context_beyond_the_model_is_refused() -> None:
         make(max_model_len=40961)
 
 
+def test_what_stays_in_the_file_is_said_and_not_reserved() -> None:
+    p = make(mapped_bytes=20_000 * MIB)
+    assert p.total_bytes == make().total_bytes
+    assert str(p).endswith("of experts stay in the mapped file") and "mapped" not in str(make())
+
+
 def test_available_bytes_minds_the_control_group(tmp_path: Path) -> None:
     proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
     proc.mkdir()
