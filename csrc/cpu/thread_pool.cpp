@@ -22,7 +22,7 @@ namespace helexa {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(40);
-constexpr int kRangesPerThread = 8;
+constexpr int kUnitsPerThread = 16;  // a phase's items go out in this many pieces a thread
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -72,7 +72,7 @@ thread_local int current_thread = -1;  // -1 outside of parallel_for
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads) {
+  explicit Pool(int threads) : threads_(threads), slices_(size_t(threads)) {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
@@ -90,8 +90,10 @@ class Pool {
 
   void run(int64_t n, int64_t grain, detail::RangeFunction function, void* body) {
     function_ = function, body_ = body, end_ = n;
-    range_ = std::max(grain, n / (threads_ * kRangesPerThread));
-    next_.store(0, std::memory_order_relaxed);
+    unit_ = std::max(grain, (n + threads_ * kUnitsPerThread - 1) / (threads_ * kUnitsPerThread));
+    const int64_t units = (n + unit_ - 1) / unit_;
+    for (int i = 0; i < threads_; ++i)
+      slices_[size_t(i)].left.store(pack(units * i / threads_, units * (i + 1) / threads_), std::memory_order_relaxed);
     entered_.store(0, std::memory_order_release);  // opens the phase
     epoch_.fetch_add(1);
     if (sleepers_.load() > 0) {
@@ -108,12 +110,30 @@ class Pool {
  private:
   static constexpr uint32_t kClosed = 1u << 31;
 
+  // Units first (low half) to last (high half) of a thread's share that nobody has taken.
+  struct alignas(64) Slice {
+    std::atomic<uint64_t> left{0};
+  };
+  static uint64_t pack(int64_t first, int64_t last) { return uint64_t(first) | uint64_t(last) << 32; }
+
+  // Its owner takes a slice from the front, so that it walks through memory in one go; others take from the back.
+  static int64_t take(Slice& slice, bool owner) {
+    uint64_t left = slice.left.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t first = left & 0xffffffff, last = left >> 32;
+      if (first >= last) return -1;
+      const uint64_t rest = owner ? left + 1 : left - (uint64_t(1) << 32);
+      if (slice.left.compare_exchange_weak(left, rest, std::memory_order_relaxed))
+        return int64_t(owner ? first : last - 1);
+    }
+  }
+
   void take_ranges(int thread) {
     current_thread = thread;
-    for (;;) {
-      const int64_t begin = next_.fetch_add(range_, std::memory_order_relaxed);
-      if (begin >= end_) break;
-      function_(body_, begin, std::min(begin + range_, end_), thread);
+    for (int i = 0; i < threads_; ++i) {
+      Slice& slice = slices_[size_t((thread + i) % threads_)];
+      for (int64_t unit = take(slice, i == 0); unit >= 0; unit = take(slice, i == 0))
+        function_(body_, unit * unit_, std::min((unit + 1) * unit_, end_), thread);
     }
     current_thread = -1;
   }
@@ -149,8 +169,8 @@ class Pool {
   // The phase, written by the caller while it is closed.
   detail::RangeFunction function_ = nullptr;
   void* body_ = nullptr;
-  int64_t end_ = 0, range_ = 1;
-  alignas(64) std::atomic<int64_t> next_{0};
+  int64_t end_ = 0, unit_ = 1;
+  std::vector<Slice> slices_;
   alignas(64) std::atomic<uint32_t> entered_{kClosed};  // workers inside, and whether the door is shut
   alignas(64) std::atomic<uint64_t> epoch_{0};
   std::atomic<int> sleepers_{0};

@@ -18,9 +18,10 @@ void parallel_for(int64_t n, int64_t grain, RangeFunction function, void* body);
 }  // namespace detail
 
 // Calls body(begin, end, thread) for disjoint ranges that cover [0, n), each of at least `grain` items but the last;
-// 0 <= thread < num_threads() and no two calls at one time share a `thread`. Ranges are handed out as threads come for
-// them, so a slow or stolen core takes fewer. Returns when all are done. Safe to call from several Python threads at
-// once (they take turns) and from inside a body (the inner one then runs on that thread alone). It must not throw.
+// 0 <= thread < num_threads() and no two calls at one time share a `thread`. Every thread walks through a share of its
+// own from first to last and then helps with what others have left, so a slow or stolen core does less. Returns when
+// all are done. Safe to call from several Python threads at once (they take turns) and from inside a body (the inner
+// one then runs on that thread alone). It must not throw.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, Body&& body) {
   using B = std::remove_reference_t<Body>;
