@@ -1,16 +1,13 @@
 #include "packed_matrix.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "thread_pool.h"
+#include "weight_memory.h"
 
 namespace helexa {
 namespace {
@@ -260,8 +257,6 @@ int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
 
 }  // namespace
 
-void PackedMatrix::Free::operator()(uint8_t* p) const { std::free(p); }
-
 PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols, int64_t stack,
                            int64_t stack_stride, bool mapped)
     : traits_(type_traits(quant_type, "pack")),
@@ -291,14 +286,7 @@ PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int
     mapped_ = bytes;
     return;
   }
-  const size_t alignment = nbytes() >= (4 << 20) ? size_t(2) << 20 : 64;
-  const size_t size = (size_t(nbytes()) + alignment - 1) / alignment * alignment;
-  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(alignment, size)));
-  if (!data_) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  // Fewer page-table walks while streaming. A refusal costs speed only. The tail beyond the data is not touched.
-  if (alignment > 64) (void)madvise(data_.get(), size_t(nbytes()) / alignment * alignment, MADV_HUGEPAGE);
-#endif
+  data_ = allocate_weights(size_t(nbytes()));
   parallel_for(stack_ * groups(), 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i)
       pack_group(i % groups(), bytes + i / groups() * stack_stride_, data_.get() + i * group_bytes_);

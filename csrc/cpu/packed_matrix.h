@@ -104,14 +104,11 @@ class PackedMatrix {
   void pack_group(int64_t g, const uint8_t* matrix, uint8_t* out) const;
   void unpack_row(int64_t row, int64_t member, uint8_t* out) const;
 
-  struct Free {
-    void operator()(uint8_t* p) const;
-  };
   const TypeTraits& traits_;
   PackedLayout layout_;
   int64_t rows_, cols_, stack_, stack_stride_, row_bytes_, header_area_ = 0, group_bytes_ = 0;
   const uint8_t* mapped_ = nullptr;
-  std::unique_ptr<uint8_t[], Free> data_;
+  std::shared_ptr<uint8_t> data_;
 };
 
 }  // namespace helexa

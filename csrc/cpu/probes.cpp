@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <memory>
 #include <vector>
 
 #include "check.h"
 #include "quant_dot.h"
 #include "thread_pool.h"
+#include "weight_memory.h"
 
 namespace helexa {
 namespace {
@@ -45,16 +47,19 @@ double read_bandwidth(int64_t nbytes, int threads, int repeats) {
   if (threads > 0) set_num_threads(threads);
   constexpr int64_t kPiece = 64 << 10;  // floats
   const int64_t pieces = nbytes / (kPiece * int64_t(sizeof(float)));
-  std::vector<float> data(size_t(pieces * kPiece), 1.0f);
+  const size_t size = size_t(pieces * kPiece) * sizeof(float);
+  const std::shared_ptr<uint8_t> memory = allocate_weights(size);  // what weights lie in
+  auto* data = reinterpret_cast<float*>(memory.get());
+  std::fill_n(data, pieces * kPiece, 1.0f);
   double best = 0;
   volatile float sink = 0;
   for (int i = 0; i < repeats; ++i) {
     const double seconds = seconds_of([&] {
       parallel_for(pieces, 1, [&](int64_t begin, int64_t end, int) {
-        sink = kernels().read_loop(data.data() + begin * kPiece, (end - begin) * kPiece);
+        sink = kernels().read_loop(data + begin * kPiece, (end - begin) * kPiece);
       });
     });
-    best = std::max(best, double(data.size() * sizeof(float)) / seconds);
+    best = std::max(best, double(size) / seconds);
   }
   (void)sink;
   if (threads > 0) set_num_threads(before);
