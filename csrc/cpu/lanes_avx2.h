@@ -58,6 +58,23 @@ struct Lanes {
   }
   static F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 
+  static int32_t largest_magnitude(F x, F y) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    const auto bits = [&](__m256 v) { return _mm256_castps_si256(_mm256_and_ps(v, magnitude)); };
+    const __m256i eight =
+        _mm256_max_epi32(_mm256_max_epi32(bits(x.a), bits(x.b)), _mm256_max_epi32(bits(y.a), bits(y.b)));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  }
+  static int32_t store_rounded(int8_t* p, F x) {
+    const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i words = _mm256_permute4x64_epi64(mixed, 0xd8);  // packs works within 128-bit halves
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    return sum_of_bytes(bytes);
+  }
+
   static B load_bytes(const uint8_t* p) {
     const auto* q = reinterpret_cast<const __m256i*>(p);
     return {_mm256_load_si256(q), _mm256_load_si256(q + 1)};
@@ -95,6 +112,10 @@ struct Lanes {
   }
 
  private:
+  static int32_t sum_of_bytes(__m128i x) {
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(x, _mm_set1_epi8(char(0x80))), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
+  }
   static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static F from_u8(__m128i x) {
     return to_float({_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))});

@@ -39,6 +39,18 @@ struct Lanes {
   static I splat_shifted(int32_t x, int shift) { return _mm512_set1_epi32(int32_t(uint32_t(x) << shift)); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 
+  static int32_t largest_magnitude(F a, F b) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    const __m512i x = _mm512_and_si512(_mm512_castps_si512(a), magnitude);
+    return _mm512_reduce_max_epi32(_mm512_max_epi32(x, _mm512_and_si512(_mm512_castps_si512(b), magnitude)));
+  }
+  static int32_t store_rounded(int8_t* p, F x) {
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    const __m128i sums = _mm_sad_epu8(_mm_xor_si128(bytes, _mm_set1_epi8(char(0x80))), _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;
+  }
+
   static B load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
   static void store_bytes(uint8_t* p, B x) { _mm512_store_si512(p, x); }
   template <int kShift>  // left when positive, right when negative; the mask drops what crosses a byte

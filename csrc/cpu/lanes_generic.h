@@ -85,6 +85,29 @@ struct Lanes {
     return each([&](int i) { return float(x.v[i]); });
   }
 
+  // The larger of all magnitudes in both, as the bits of a float.
+  static int32_t largest_magnitude(const F& a, const F& b) {
+    int32_t largest = 0;
+    for (int i = 0; i < 16; ++i) {
+      int32_t x, y;
+      __builtin_memcpy(&x, &a.v[i], 4), __builtin_memcpy(&y, &b.v[i], 4);
+      x &= 0x7fffffff, y &= 0x7fffffff;
+      largest = x > largest ? x : largest, largest = y > largest ? y : largest;
+    }
+    return largest;
+  }
+  // Stores the nearest integers (ties to even) of numbers within int8 and returns their sum.
+  static int32_t store_rounded(int8_t* p, const F& x) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) {
+      const float shifted = x.v[i] + 12582912.0f;  // 1.5 * 2^23 leaves the integer in the low bits
+      int32_t bits;
+      __builtin_memcpy(&bits, &shifted, 4);
+      p[i] = int8_t(bits - 0x4b400000), sum += p[i];
+    }
+    return sum;
+  }
+
   static B load_bytes(const uint8_t* p) {
     B out;
     __builtin_memcpy(out.v, p, 64);

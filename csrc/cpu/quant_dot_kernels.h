@@ -180,18 +180,25 @@ inline const uint8_t* header_of(const uint8_t* group, int64_t index) {
   return group + index / (Code::kBlock / 32) * Code::kHeader;
 }
 
-constexpr int kPrefetchBytes = 4096;
+// Weights stream from memory once a token, so the distance between a prefetch and its use is what fills the bus. It
+// runs straight through headers and codes into the next group, which follows in memory and is computed next.
+constexpr int kPrefetchBytes = 8192;
+inline void prefetch(const uint8_t* p, int bytes) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + kPrefetchBytes + line, 0, 3);
+}
 
 template <class Code, int kRows>
 void matvec_rows(const uint8_t* group, int64_t header_area, int64_t cols, const ActivationChunk* x,
                  int64_t chunk_stride, float* sums) {
   constexpr int kQuads = 8 / Code::kSubs;
+  constexpr int kBytes = Code::kCodeBytes + Code::kHeader / (Code::kBlock / 32);  // of 32 columns
   const uint8_t* p = group + header_area;
+  const uint8_t* ahead = group;
   F total[kRows];
   for (int r = 0; r < kRows; ++r) total[r] = Lanes::zero();
   const int64_t groups = cols / 32;
-  for (int64_t i = 0; i < groups; ++i, p += Code::kCodeBytes) {
-    for (int line = 0; line < Code::kCodeBytes; line += 64) __builtin_prefetch(p + kPrefetchBytes + line, 0, 3);
+  for (int64_t i = 0; i < groups; ++i, p += Code::kCodeBytes, ahead += kBytes) {
+    prefetch(ahead, kBytes);
     const int g = int(i % kChunkGroups);
     const ActivationChunk* chunk = x + i / kChunkGroups * chunk_stride;
     B w[8];
@@ -400,6 +407,7 @@ inline F load_weights(const void* p, int64_t k) {
 
 template <QuantType kType, int kGroups, int kRows>
 void float_matvec_rows(const void* a, const void* b, int64_t cols, const float* x, int64_t chunk_stride, float* sums) {
+  constexpr int kBytes = kType == QuantType::F32 ? 64 : 32;  // of a column of 16 rows
   const void* w[2] = {a, b};
   F total[kRows][kGroups];
   for (int r = 0; r < kRows; ++r)
@@ -409,6 +417,7 @@ void float_matvec_rows(const void* a, const void* b, int64_t cols, const float* 
 #pragma GCC unroll Lanes::kUnroll
     for (int k = 0; k < depth; ++k) {
       for (int n = 0; n < kGroups; ++n) {
+        if (kBytes == 64 || k % 2 == 0) prefetch(static_cast<const uint8_t*>(w[n]) + (k0 + k) * kBytes, 64);
         const F weight = load_weights<kType>(w[n], k0 + k);
         for (int r = 0; r < kRows; ++r) total[r][n] = Lanes::fma(weight, Lanes::splat(x[r * kChunk + k]), total[r][n]);
       }
@@ -479,36 +488,22 @@ void normalize_row(const float* x, int64_t cols, const float* norm_weight, float
   }
 }
 
-// 1.5 * 2^23: adding it leaves the nearest (ties to even) integer of a small float in the low bits of the sum.
-constexpr float kRoundingMagic = 12582912.0f;
-
-inline void quantize_group(const float* x, ActivationChunk& out, int g) {
-  float lanes[kLanes];
-  bool finite = true;
-  for (int l = 0; l < kLanes; ++l) {
-    const float a = __builtin_fabsf(x[l]), b = __builtin_fabsf(x[l + kLanes]);
-    lanes[l] = a > b ? a : b;
-    finite &= (a <= 3.402823466e38f) & (b <= 3.402823466e38f);
-  }
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) lanes[l] = lanes[l] > lanes[l + width] ? lanes[l] : lanes[l + width];
-  const float largest = lanes[0];
-  const float scale = finite ? largest / 127.0f : __builtin_nanf("");  // an infinite or NaN input must not vanish
-  const float inverse = finite && largest > 1e-30f ? 127.0f / largest : 0.0f;
+// 32 activations, the first and the second half.
+inline void quantize_group(F first, F second, ActivationChunk& out, int g) {
+  // Magnitudes have the order of their bits, and the bits of infinities and NaNs come last.
+  const int32_t bits = Lanes::largest_magnitude(first, second);
+  float scale = __builtin_nanf("");  // an infinite or NaN input must not vanish
   int32_t sums[2] = {0, 0};
-  for (int half = 0; half < 2; ++half) {
-    int8_t* q = out.q + 32 * g + kLanes * half;
-    const float* v = x + kLanes * half;
-    int32_t sum = 0;
-    for (int l = 0; l < kLanes; ++l) {
-      const float shifted = (finite ? v[l] * inverse : 0.0f) + kRoundingMagic;
-      int32_t bits;
-      __builtin_memcpy(&bits, &shifted, 4);
-      const int32_t code = bits - 0x4b400000;
-      q[l] = int8_t(code);
-      sum += code;
-    }
-    sums[half] = -sum;
+  int8_t* q = out.q + 32 * g;
+  if (bits < 0x7f800000) {
+    float largest;
+    __builtin_memcpy(&largest, &bits, 4);
+    scale = largest / 127.0f;
+    const F inverse = Lanes::splat(largest > 1e-30f ? 127.0f / largest : 0.0f);
+    sums[0] = -Lanes::store_rounded(q, Lanes::mul(first, inverse));
+    sums[1] = -Lanes::store_rounded(q + kLanes, Lanes::mul(second, inverse));
+  } else {
+    __builtin_memset(q, 0, 32);
   }
   out.scale[g] = scale;
   out.negative_sum_16[2 * g] = sums[0], out.negative_sum_16[2 * g + 1] = sums[1];
@@ -520,11 +515,13 @@ inline void quantize_group(const float* x, ActivationChunk& out, int g) {
 
 void quantize_row(const float* x, int64_t cols, const float* norm_weight, float eps, ActivationChunk* out,
                   int64_t chunk_stride) {
-  const float factor = norm_weight ? inverse_rms(x, cols, eps) : 1.0f;
+  const F factor = Lanes::splat(norm_weight ? inverse_rms(x, cols, eps) : 1.0f);
   for (int64_t k = 0; k < cols; k += 32) {
-    float group[32];
-    for (int i = 0; i < 32; ++i) group[i] = norm_weight ? norm_weight[k + i] * (x[k + i] * factor) : x[k + i];
-    quantize_group(group, out[k / kChunk * chunk_stride], int(k / 32 % kChunkGroups));
+    F half[2] = {Lanes::load(x + k), Lanes::load(x + k + kLanes)};
+    if (norm_weight)
+      for (int h = 0; h < 2; ++h)
+        half[h] = Lanes::mul(Lanes::load(norm_weight + k + kLanes * h), Lanes::mul(half[h], factor));
+    quantize_group(half[0], half[1], out[k / kChunk * chunk_stride], int(k / 32 % kChunkGroups));
   }
 }
 
