@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "helexa_engine.models": {
         "helexa_engine.layers", "helexa_engine.ops", "helexa_engine.quant", "helexa_engine.cache.spec",
     },
-    "helexa_engine.weights": {"helexa_engine.quant"},
+    "helexa_engine.weights": {"helexa_engine.quant", "helexa_engine.ops"},
     "helexa_engine.text": set(),
     "helexa_engine.presets": {"helexa_engine.quant", "helexa_engine.weights"},
     "helexa_engine.runtime.sequence": set(),
