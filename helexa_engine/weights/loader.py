@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..errors import InvalidRequest, UnsupportedCheckpoint
-from ..quant import mixes, quantize, types
+from ..ops.quantize import quantize
+from ..quant import mixes, types
 from ..quant.dequantize import dequantize
 from ..quant.types import QuantType
 from .checkpoint import Checkpoint, RawTensor
@@ -180,12 +181,13 @@ def requantize(raw: RawTensor, target: QuantType, where: str) -> RawTensor:
     source = raw.data.reshape(rows, -1)
     out = np.empty((rows, target.row_bytes(cols)), np.uint8)
     step = max(1, _VALUES_AT_ONCE // cols)
+    encode = quantize.choose("cpu").quantize
     for start in range(0, rows, step):
         part = source[start : start + step]
         values = dequantize(raw.quant_type, part, (len(part), cols))
         if not np.isfinite(values).all():
             raise UnsupportedCheckpoint("NaN or infinite weights cannot be quantised", f"{where}: tensor {raw.name!r}")
-        out[start : start + step] = quantize.quantize(values, target)
+        out[start : start + step] = encode(values, target)
     return RawTensor(raw.name, target, raw.shape, out.reshape(-1))
 
 
