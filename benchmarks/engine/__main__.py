@@ -27,6 +27,8 @@ def main() -> int:
         "--peer-llama-bench", metavar="PATH", type=Path, help="llama.cpp's llama-bench, run on the same files"
     )
     parser.add_argument("--num-threads", type=int, help="default: the physical cores")
+    parser.add_argument("--memory-fraction", type=float, default=0.9, help="as of helexa serve [0.9]")
+    parser.add_argument("--mmap-experts", action="store_true", help="as of helexa serve")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="[512]")
     parser.add_argument("--decode-tokens", type=int, default=64, help="[64]")
     parser.add_argument("--repetitions", type=int, default=5, help="[5]")
@@ -42,7 +44,11 @@ def main() -> int:
         for name, path in models:
             row = measure(
                 str(path),
-                EngineConfig(num_threads=arguments.num_threads),
+                EngineConfig(
+                    num_threads=arguments.num_threads,
+                    memory_fraction=arguments.memory_fraction,
+                    mmap_experts=arguments.mmap_experts,
+                ),
                 name=name,
                 prompt_tokens=arguments.prompt_tokens,
                 decode_tokens=arguments.decode_tokens,

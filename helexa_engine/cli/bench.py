@@ -159,6 +159,7 @@ def measure(
         "read_bytes_per_second": round(read),
         "file_bytes": file_bytes,
         "load_seconds": round(load_seconds, 3),
+        **({"mmap_experts": True} if config.mmap_experts else {}),
         "resident_bytes": resident.get("total"),
         "resident_bytes_before_load": before.get("total"),
         "prefill_tokens": prompt_tokens,
