@@ -4,9 +4,11 @@
 
 #include <array>
 
+#include "causal_conv1d.h"
 #include "check.h"
 #include "cpu_features.h"
 #include "dequantize.h"
+#include "gated_delta_rule.h"
 #include "moe_matmul.h"
 #include "packed_matrix.h"
 #include "paged_attention.h"
@@ -172,4 +174,50 @@ PYBIND11_MODULE(_native, module) {
         paged_attention(p);
       },
       "Writes keys and values of the new tokens into their pages, then attends. Shapes: ops/paged_attention.");
+
+  module.def(
+      "causal_conv1d",
+      [](uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t channels, int taps, uintptr_t conv_state,
+         int64_t num_slots, uintptr_t state_slots, uintptr_t cu_seqlens, int64_t num_sequences, uintptr_t out,
+         int64_t num_tokens) {
+        constexpr const char* f = "causal_conv1d";
+        CausalConv1d p;
+        p.x = pointer<const float>(x, f, "x");
+        p.weight = pointer<const float>(weight, f, "weight");
+        p.conv_state = pointer<float>(conv_state, f, "conv_state");
+        p.out = pointer<float>(out, f, "out");
+        p.sequences = {pointer<const int32_t>(cu_seqlens, f, "cu_seqlens"),
+                       pointer<const int32_t>(state_slots, f, "state_slots"), num_sequences, num_tokens, num_slots};
+        p.x_stride = x_stride, p.channels = channels, p.taps = taps;
+        py::gil_scoped_release release;
+        causal_conv1d(p);
+      },
+      "Convolves packed sequences, each with its state, then SiLU. Shapes: ops/causal_conv1d.");
+  module.def(
+      "gated_delta_rule",
+      [](uintptr_t qkv, int64_t qkv_stride, uintptr_t z, int64_t z_stride, uintptr_t b, int64_t b_stride, uintptr_t a,
+         int64_t a_stride, uintptr_t a_coefficient, uintptr_t dt_bias, uintptr_t norm_weight, double eps,
+         uintptr_t recurrent_state, int64_t num_slots, uintptr_t state_slots, uintptr_t cu_seqlens,
+         int64_t num_sequences, int num_k_heads, int num_v_heads, int head_k_dim, int head_v_dim, bool tiled,
+         uintptr_t out, int64_t num_tokens) {
+        constexpr const char* f = "gated_delta_rule";
+        GatedDeltaRule p;
+        p.qkv = pointer<const float>(qkv, f, "qkv");
+        p.z = pointer<const float>(z, f, "z");
+        p.b = pointer<const float>(b, f, "b");
+        p.a = pointer<const float>(a, f, "a");
+        p.a_coefficient = pointer<const float>(a_coefficient, f, "a_coefficient");
+        p.dt_bias = pointer<const float>(dt_bias, f, "dt_bias");
+        p.norm_weight = pointer<const float>(norm_weight, f, "norm_weight");
+        p.state = pointer<float>(recurrent_state, f, "recurrent_state");
+        p.out = pointer<float>(out, f, "out");
+        p.sequences = {pointer<const int32_t>(cu_seqlens, f, "cu_seqlens"),
+                       pointer<const int32_t>(state_slots, f, "state_slots"), num_sequences, num_tokens, num_slots};
+        p.qkv_stride = qkv_stride, p.z_stride = z_stride, p.b_stride = b_stride, p.a_stride = a_stride;
+        p.num_k_heads = num_k_heads, p.num_v_heads = num_v_heads;
+        p.head_k_dim = head_k_dim, p.head_v_dim = head_v_dim, p.tiled = tiled, p.eps = eps;
+        py::gil_scoped_release release;
+        gated_delta_rule(p);
+      },
+      "Advances the states of packed sequences by the gated delta rule. Shapes: ops/gated_delta_rule.");
 }

@@ -38,3 +38,25 @@ def check_packed_sequences(
     if ends[-1] != num_tokens:
         raise ValueError(f"{op}: cu_seqlens[{len(slots)}]: expected {num_tokens}, got {ends[-1]}")
     return list(zip(ends[:-1], ends[1:], slots, strict=True))
+
+
+def address_of(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a contiguous CPU tensor that is what it should be. Raises ValueError."""
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name}: expected contiguous {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            f"{'' if tensor.is_contiguous() else ', not contiguous'}"
+        )
+    return tensor.data_ptr()
+
+
+def row_stride(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> int:
+    """Floats from one row to the next of float32 activations, whose own numbers lie side by side. Raises ValueError."""
+    rows, width = shape
+    strides = tensor.stride()
+    if tensor.dtype != torch.float32 or tensor.shape != shape or (width > 1 and strides[1] != 1):
+        raise ValueError(
+            f"{op}: {name}: expected float32 {list(shape)} with adjacent columns, got {tensor.dtype} {list(tensor.shape)} "
+            f"with strides {list(strides)}"
+        )
+    return strides[0] if rows > 1 else width

@@ -8,8 +8,17 @@ num_k_heads, num_v_heads, tiled) -> out``; arguments and the layout of the state
 
 from __future__ import annotations
 
-from ..registry import Op
+from ..registry import Facts, Implementation, Op
 
-gated_delta_rule = Op("gated_delta_rule", "helexa_engine.ops.gated_delta_rule.reference")
+
+def _supports(facts: Facts) -> bool:
+    return all(facts[name] % 16 == 0 and facts[name] <= 256 for name in ("head_k_dim", "head_v_dim"))
+
+
+gated_delta_rule = Op(
+    "gated_delta_rule",
+    "helexa_engine.ops.gated_delta_rule.reference",
+    Implementation("native", "cpu", "helexa_engine.ops.gated_delta_rule.native", supports=_supports),
+)
 
 __all__ = ["gated_delta_rule"]

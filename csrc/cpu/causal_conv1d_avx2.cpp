@@ -1,0 +1,19 @@
+// AVX2 level of causal_conv1d.
+#include <immintrin.h>
+
+#include "causal_conv1d.h"
+
+namespace helexa {
+namespace {
+
+#include "vec_avx2.h"
+//
+#include "vec_math.h"
+//
+#include "causal_conv1d_kernels.h"
+
+}  // namespace
+
+const ConvKernels kConvAvx2 = {convolve};
+
+}  // namespace helexa

@@ -1,0 +1,20 @@
+// Portable level of causal_conv1d.
+#include <cmath>
+#include <cstring>
+
+#include "causal_conv1d.h"
+
+namespace helexa {
+namespace {
+
+#include "vec_generic.h"
+//
+#include "vec_math.h"
+//
+#include "causal_conv1d_kernels.h"
+
+}  // namespace
+
+const ConvKernels kConvGeneric = {convolve};
+
+}  // namespace helexa
