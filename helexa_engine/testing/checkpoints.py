@@ -1,4 +1,4 @@
-"""Tiny seeded Qwen3 checkpoints on disk, complete with tokenizer and chat template."""
+"""Tiny seeded checkpoints of every architecture on disk, complete with tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..quant import mixes, types
 from ..quant.mixes import Mix
 from ..quant.quantize import quantize
 from ..quant.types import QuantType
-from ..weights.gguf_names import gguf_name
 from ..weights.gguf_writer import GGUFWriter
+from . import gguf_conversion
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -48,6 +48,53 @@ TINY_QWEN3: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 
+_MOE: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+# Sizes as TINY_QWEN3; three delta nets and an attention layer, four key heads (the tests set other numbers of value heads).
+_HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "attn_output_gate": True,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
+_MROPE = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+_SHARED: dict[str, Any] = {"shared_expert_intermediate_size": 256}
+
+TINY_QWEN3_MOE: dict[str, Any] = (
+    TINY_QWEN3 | _MOE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+)
+TINY_QWEN3_NEXT: dict[str, Any] = (
+    TINY_QWEN3 | _MOE | _SHARED | _HYBRID | {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}
+)
+TINY_QWEN3_5: dict[str, Any] = (
+    TINY_QWEN3
+    | _HYBRID
+    | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}
+    | {"rope_parameters": _HYBRID["rope_parameters"] | _MROPE}
+)
+TINY_QWEN3_5_MOE: dict[str, Any] = (
+    TINY_QWEN3_5 | _MOE | _SHARED | {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text"}
+)
+#: by GGUF's architecture
+TINY = {
+    "qwen3": TINY_QWEN3,
+    "qwen3moe": TINY_QWEN3_MOE,
+    "qwen3next": TINY_QWEN3_NEXT,
+    "qwen35": TINY_QWEN3_5,
+    "qwen35moe": TINY_QWEN3_5_MOE,
+}
+
 _CORPUS = (
     "The quick brown fox jumps over the lazy dog. A page holds sixty-four tokens; a batch holds many sequences.",
     "helexa runs open models on hardware you own. user assistant system tool name arguments hello world answer",
@@ -55,39 +102,78 @@ _CORPUS = (
 )
 
 
-def qwen3_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random float32 weights by HuggingFace name, scaled so that activations stay near 1 and logits are spread."""
     generator = torch.Generator().manual_seed(seed)
+    is_hybrid = "layer_types" in config
 
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return noise(*shape) / math.sqrt(shape[-1])
 
     def norm(size: int) -> torch.Tensor:
-        return 1.0 + 0.1 * torch.randn(size, generator=generator)
+        return (0.0 if is_hybrid else 1.0) + 0.1 * noise(size)
 
-    hidden, feed_forward, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q_size, kv_size = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    def gated_mlp(prefix: str, width: int) -> dict[str, torch.Tensor]:
+        return {
+            f"{prefix}.gate_proj.weight": matrix(width, hidden),
+            f"{prefix}.up_proj.weight": matrix(width, hidden),
+            f"{prefix}.down_proj.weight": matrix(hidden, width),
+        }
+
+    def attention() -> dict[str, torch.Tensor]:
+        head_dim = config["head_dim"]
+        q_size, kv_size = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+        return {
+            "self_attn.q_proj.weight": matrix(q_size * (2 if is_hybrid else 1), hidden),
+            "self_attn.k_proj.weight": matrix(kv_size, hidden),
+            "self_attn.v_proj.weight": matrix(kv_size, hidden),
+            "self_attn.o_proj.weight": matrix(hidden, q_size),
+            "self_attn.q_norm.weight": norm(head_dim),
+            "self_attn.k_norm.weight": norm(head_dim),
+        }
+
+    def delta_net() -> dict[str, torch.Tensor]:
+        value_heads, value_dim = config["linear_num_value_heads"], config["linear_value_head_dim"]
+        keys, values = config["linear_num_key_heads"] * config["linear_key_head_dim"], value_heads * value_dim
+        if config["model_type"] == "qwen3_next":
+            rows = {"qkvz": 2 * keys + 2 * values, "ba": 2 * value_heads}
+        else:
+            rows = {"qkv": 2 * keys + values, "z": values, "b": value_heads, "a": value_heads}
+        layer = {f"linear_attn.in_proj_{part}.weight": matrix(count, hidden) for part, count in rows.items()}
+        return layer | {
+            "linear_attn.conv1d.weight": 0.5 * noise(2 * keys + values, 1, config["linear_conv_kernel_dim"]),
+            "linear_attn.A_log": noise(value_heads) - 2.5,  # states that live for tens of tokens
+            "linear_attn.dt_bias": 0.2 * noise(value_heads),
+            "linear_attn.norm.weight": 1 + 0.1 * noise(value_dim),
+            "linear_attn.out_proj.weight": matrix(hidden, values),
+        }
+
+    def feed_forward() -> dict[str, torch.Tensor]:
+        if "num_experts" not in config:
+            return gated_mlp("mlp", config["intermediate_size"])
+        layer = {"mlp.gate.weight": 2 * matrix(config["num_experts"], hidden)}
+        for expert in range(config["num_experts"]):
+            layer |= gated_mlp(f"mlp.experts.{expert}", config["moe_intermediate_size"])
+        if "shared_expert_intermediate_size" in config:
+            layer |= gated_mlp("mlp.shared_expert", config["shared_expert_intermediate_size"])
+            layer["mlp.shared_expert_gate.weight"] = matrix(1, hidden)
+        return layer
+
+    hidden = config["hidden_size"]
     tensors = {
-        "model.embed_tokens.weight": torch.randn(config["vocab_size"], hidden, generator=generator),
+        "model.embed_tokens.weight": noise(config["vocab_size"], hidden),
         "model.norm.weight": norm(hidden),
     }
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = 3.0 * matrix(config["vocab_size"], hidden)
     for i in range(config["num_hidden_layers"]):
-        layer = {
-            "input_layernorm": norm(hidden),
-            "self_attn.q_proj": matrix(q_size, hidden),
-            "self_attn.k_proj": matrix(kv_size, hidden),
-            "self_attn.v_proj": matrix(kv_size, hidden),
-            "self_attn.o_proj": matrix(hidden, q_size),
-            "self_attn.q_norm": norm(head_dim),
-            "self_attn.k_norm": norm(head_dim),
-            "post_attention_layernorm": norm(hidden),
-            "mlp.gate_proj": matrix(feed_forward, hidden),
-            "mlp.up_proj": matrix(feed_forward, hidden),
-            "mlp.down_proj": matrix(hidden, feed_forward),
-        }
-        tensors |= {f"model.layers.{i}.{name}.weight": values for name, values in layer.items()}
+        is_linear = is_hybrid and config["layer_types"][i] == "linear_attention"
+        layer = {"input_layernorm.weight": norm(hidden)} | (delta_net() if is_linear else attention())
+        layer |= {"post_attention_layernorm.weight": norm(hidden)} | feed_forward()
+        tensors |= {f"model.layers.{i}.{name}": values for name, values in layer.items()}
     return tensors
 
 
@@ -122,23 +208,49 @@ def write_tokenizer(folder: Path, vocab_size: int = 400) -> int:
     return int(tokenizer.get_vocab_size())
 
 
-def write_qwen3_folder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A HuggingFace folder with a tiny random Qwen3 model; ``changes`` replace entries of :data:`TINY_QWEN3`."""
+def write_folder(
+    folder: Path, architecture: str = "qwen3", *, seed: int = 0, multimodal: bool = False, **changes: Any
+) -> Path:
+    """A HuggingFace folder with a tiny random model; ``changes`` replace entries of its config in :data:`TINY`.
+
+    ``multimodal`` writes it as the released Qwen3.5 are: the text config nested, the text model under a prefix, and beside it
+    tensors of a vision encoder and of an MTP block.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     num_tokens = write_tokenizer(folder)
-    config = TINY_QWEN3 | {"vocab_size": num_tokens} | changes
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    config = TINY[architecture] | {"vocab_size": num_tokens} | changes
+    tensors = random_tensors(config, seed)
     ids = {token: num_tokens - len(CONTROL_TOKENS) - len(MARKERS) + i for i, token in enumerate(CONTROL_TOKENS)}
     generation = {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    save_file(qwen3_tensors(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    if multimodal:
+        outer = {"model_type": config["model_type"].removesuffix("_text"), "vision_config": {"depth": 1}}
+        config = outer | {"tie_word_embeddings": config["tie_word_embeddings"], "text_config": config}
+        tensors = {
+            name.replace("model.", "model.language_model.") if name.startswith("model.") else name: values
+            for name, values in tensors.items()
+        }
+        tensors |= {"model.visual.blocks.0.norm1.weight": torch.zeros(8), "mtp.fc.weight": torch.zeros(8, 16)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def write_gguf(folder: Path, path: Path, quant: QuantType | Mix = types.F32) -> Path:
-    """The model of a folder that :func:`write_qwen3_folder` wrote, as a GGUF file: its matrices in one type, or in a mix."""
+def write_qwen3_folder(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """:func:`write_folder` of the dense Qwen3."""
+    return write_folder(folder, seed=seed, **changes)
+
+
+def write_gguf(
+    folder: Path, path: Path, quant: QuantType | Mix = types.F32, *, mtp: bool = False, **conversion: bool
+) -> Path:
+    """The model of a folder that :func:`write_folder` wrote (not a multimodal one), as a GGUF file in the conventions of its
+    architecture: its matrices in one type, or in a mix.
+
+    ``mtp`` adds a block that predicts a further token; ``conversion`` are the variants of :func:`.gguf_conversion.convert`.
+    """
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
@@ -149,18 +261,9 @@ def write_gguf(folder: Path, path: Path, quant: QuantType | Mix = types.F32) -> 
     normal, control, user_defined = 1, 3, 4  # tokenizer.ggml.token_type
     kinds = [normal if t not in added else control if added[t]["special"] else user_defined for t in tokens]
     metadata = {
-        "general.architecture": "qwen3",
+        "general.architecture": gguf_conversion.ARCHITECTURES[config["model_type"]],
         "general.name": "tiny",
-        "qwen3.block_count": config["num_hidden_layers"],
-        "qwen3.context_length": config["max_position_embeddings"],
-        "qwen3.embedding_length": config["hidden_size"],
-        "qwen3.feed_forward_length": config["intermediate_size"],
-        "qwen3.attention.head_count": config["num_attention_heads"],
-        "qwen3.attention.head_count_kv": config["num_key_value_heads"],
-        "qwen3.attention.key_length": config["head_dim"],
-        "qwen3.attention.value_length": config["head_dim"],
-        "qwen3.attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-        "qwen3.rope.freq_base": float(config["rope_theta"]),
+        **gguf_conversion.metadata(config),
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
@@ -174,24 +277,29 @@ def write_gguf(folder: Path, path: Path, quant: QuantType | Mix = types.F32) -> 
     }
     if isinstance(quant, Mix):
         metadata["general.file_type"] = quant.file_type
+    listed = gguf_conversion.convert(config, load_file(folder / "model.safetensors"), **conversion)
+    if mtp:
+        architecture, blocks = metadata["general.architecture"], config["num_hidden_layers"]
+        metadata |= {f"{architecture}.block_count": blocks + 1, f"{architecture}.nextn_predict_layers": 1}
+        extra = gguf_conversion.mtp_block(config, blocks)
+        listed += [gguf_conversion.Tensor(name, values, "", is_float32=True) for name, values in extra.items()]
     with GGUFWriter(path, metadata) as writer:
-        for hf_name, tensor in load_file(folder / "model.safetensors").items():
-            name, values = gguf_name(hf_name), tensor.float().numpy()
-            assert name is not None
-            quant_type = _stored_type(quant, hf_name, values.shape, config)
+        for tensor in listed:
+            values = tensor.values.contiguous().numpy()
+            quant_type = types.F32 if tensor.is_float32 else _stored_type(quant, tensor.module, values.shape, config)
             if quant_type is types.F32:
-                writer.add_tensor(name, types.F32, values.shape, values)
+                writer.add_tensor(tensor.name, types.F32, values.shape, values)
             else:
-                writer.add_tensor(name, quant_type, values.shape, quantize(values, quant_type))
+                writer.add_tensor(tensor.name, quant_type, values.shape, quantize(values, quant_type))
     return path
 
 
-def _stored_type(quant: QuantType | Mix, hf_name: str, shape: tuple[int, ...], config: dict[str, Any]) -> QuantType:
+def _stored_type(quant: QuantType | Mix, module: str, shape: tuple[int, ...], config: dict[str, Any]) -> QuantType:
     if isinstance(quant, QuantType):
-        return quant if len(shape) > 1 else types.F32
+        return quant
     return mixes.quant_type_for(
         quant,
-        hf_name,
+        f"{module}.weight",
         shape,
         num_layers=config["num_hidden_layers"],
         gqa_ratio=config["num_attention_heads"] // config["num_key_value_heads"],

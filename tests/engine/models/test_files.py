@@ -1,0 +1,188 @@
+"""One model in every kind of file: a HuggingFace folder, split or fused, multimodal or not, and GGUF in its conventions.
+
+That the folder's logits are transformers' is held elsewhere; here every file must give the folder's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helexa_engine.models.config import ModelConfig
+from helexa_engine.models.decoder import Decoder
+from helexa_engine.models.registry import MODELS, model_class
+from helexa_engine.quant import mixes, types
+from helexa_engine.testing import gguf_conversion
+from helexa_engine.testing.checkpoints import TINY, random_tensors, write_folder, write_gguf
+from helexa_engine.weights import loader
+from helexa_engine.weights.checkpoint import open_checkpoint
+from helexa_engine.weights.gguf_writer import GGUFWriter
+
+from .sessions import Session
+
+HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
+IDS = torch.randint(0, 390, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def load(path: Path, quant: str | None = None) -> Decoder:
+    with open_checkpoint(path) as checkpoint:
+        config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
+        model = model_class(checkpoint.architecture, checkpoint.where)(config, config.max_position_embeddings)
+        loader.load(model, checkpoint, quant=quant)
+    return model
+
+
+def logits(path: Path, quant: str | None = None) -> torch.Tensor:
+    return Session(load(path, quant)).feed(IDS)
+
+
+def test_there_is_a_tiny_model_of_every_architecture() -> None:
+    assert set(TINY) == set(MODELS)
+
+
+@pytest.mark.parametrize("value_heads", [4, 8, 12], ids=["V = K", "V = 2K", "V = 3K"])
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_gguf_equals_the_folder(architecture: str, value_heads: int, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", architecture, linear_num_value_heads=value_heads)
+    got = logits(write_gguf(folder, tmp_path / "model.gguf"))
+    assert (got - logits(folder)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_files_of_other_layouts_are_the_same_model(architecture: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", architecture)
+    expected = logits(write_gguf(folder, tmp_path / "plain.gguf"))
+    variants = {"fused_qkv": True, "fused_experts": True, "old_ssm_in": architecture == "qwen3next"}
+    path = write_gguf(folder, tmp_path / "fused.gguf", **variants)
+    names = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    assert "blk.3.attn_qkv.weight" in names and "blk.3.attn_q.weight" not in names
+    assert ("blk.0.ffn_gate_up_exps.weight" in names) == (architecture != "qwen35")
+    assert ("blk.0.ssm_in.weight" in names) == (architecture == "qwen3next")
+    assert torch.equal(logits(path), expected)
+
+
+def test_which_layers_are_recurrent_may_be_listed(tmp_path: Path) -> None:
+    layers = ["full_attention", "linear_attention", "linear_attention", "full_attention"]
+    folder = write_folder(tmp_path / "hf", "qwen35", layer_types=layers)
+    path = write_gguf(folder, tmp_path / "model.gguf")
+    listed = edited(path, tmp_path / "listed.gguf", {"qwen35.attention.recurrent_layers": [False, True, True, False]})
+    assert (logits(listed) - logits(folder)).abs().max() < 1e-4
+
+
+def edited(path: Path, to: Path, metadata: dict) -> Path:
+    """A copy with metadata added."""
+    reader = gguf.GGUFReader(path)
+    kept = {f.name: f.contents() for f in reader.fields.values() if not f.name.startswith("GGUF.")}
+    with GGUFWriter(to, kept | metadata) as writer:
+        for tensor in reader.tensors:
+            stored = types.by_number(tensor.tensor_type)
+            assert stored is not None
+            writer.add_tensor(tensor.name, stored, tuple(tensor.shape.tolist()[::-1]), np.array(tensor.data))
+    return to
+
+
+@pytest.mark.parametrize("architecture", ["qwen35", "qwen35moe"])
+def test_multimodal_folders_give_their_text_model(architecture: str, tmp_path: Path) -> None:
+    plain = write_folder(tmp_path / "plain", architecture)
+    path = write_folder(tmp_path / "multimodal", architecture, multimodal=True)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.architecture == architecture
+    assert {kind: [t.name for t in tensors] for kind, tensors in checkpoint.unused.items()} == {
+        "vision": ["model.visual.blocks.0.norm1.weight"],
+        "MTP": ["mtp.fc.weight"],
+    }
+    assert torch.equal(logits(path), logits(plain))
+
+
+def test_an_mtp_block_is_left_out(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", "qwen35")
+    path = write_gguf(folder, tmp_path / "mtp.gguf", mtp=True)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["num_hidden_layers"] == 4
+    assert {t.name.split(".")[1] for t in checkpoint.unused["MTP"]} == {"4"} and len(checkpoint.unused["MTP"]) == 15
+    assert torch.equal(logits(path), logits(write_gguf(folder, tmp_path / "plain.gguf")))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", *HYBRIDS[::2]])
+def test_fused_experts_of_a_folder_are_the_same_model(architecture: str, tmp_path: Path) -> None:
+    """As transformers holds them and the released Qwen3.5 store them: one tensor of gate | up, one of down."""
+    split = write_folder(tmp_path / "split", architecture)
+    fused = write_folder(tmp_path / "fused", architecture)
+    tensors = load_file(fused / "model.safetensors")
+    for layer in range(json.loads((fused / "config.json").read_text())["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            part: torch.stack([tensors.pop(f"{prefix}.{i}.{part}_proj.weight") for i in range(6)])
+            for part in ("gate", "up", "down")
+        }
+        tensors[f"{prefix}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        tensors[f"{prefix}.down_proj"] = parts["down"]
+    save_file(tensors, fused / "model.safetensors")
+    assert torch.equal(logits(fused), logits(split))
+
+
+def in_float32(path: Path, to: Path) -> Path:
+    """The file with every tensor dequantised by the ``gguf`` package: what its weights say exactly."""
+    reader = gguf.GGUFReader(path)
+    metadata = {f.name: f.contents() for f in reader.fields.values() if not f.name.startswith("GGUF.")}
+    with GGUFWriter(to, metadata) as writer:
+        for tensor in reader.tensors:
+            values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+            writer.add_tensor(tensor.name, types.F32, values.shape, values)
+    return to
+
+
+#: Normalised mean square error of llama.cpp's logits against exact dequantised weights, by architecture.
+BARS = {
+    "qwen3next": {"BF16": 9.3e-4, "Q8_0": 8.6e-3, "Q4_K_M": 1.5e-2},
+    "qwen35": {"BF16": 1.6e-4, "Q8_0": 2.7e-3, "Q4_K_M": 7.2e-3},
+    "qwen35moe": {"BF16": 3.3e-4, "Q8_0": 4.8e-3, "Q4_K_M": 7.1e-3},
+}
+
+
+@pytest.mark.parametrize("mix", ["BF16", "Q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("architecture", HYBRIDS)
+def test_quantised_files_meet_the_accuracy_bar(architecture: str, mix: str, tmp_path: Path) -> None:
+    chosen = mixes.by_name(mix)
+    assert chosen is not None
+    folder = write_folder(tmp_path / "hf", architecture, linear_num_value_heads=12)
+    path = write_gguf(folder, tmp_path / "model.gguf", chosen)
+    assert {t.quant_type for t in open_checkpoint(path).tensors} >= {types.F32, chosen.base}
+    truth, got = (logits(file).double() for file in (in_float32(path, tmp_path / "exact.gguf"), path))
+    error = float((got - truth).square().sum() / truth.square().sum())
+    print(f"{architecture} {mix}: {error:.2g}, bar {BARS[architecture][mix]:.2g}")
+    assert error <= BARS[architecture][mix]
+    assert error > 0 or mix == "BF16"  # whose kernels multiply float32 activations
+
+
+@pytest.mark.parametrize("architecture", ["qwen3moe", *HYBRIDS])
+def test_quantising_on_loading_keeps_small_matrices_exact(architecture: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", architecture)
+    checkpoint = open_checkpoint(folder)
+    listed = loader._mix_types(checkpoint, "Q4_K_M")
+    kept = {name for name in checkpoint.tensor_names() if name not in listed}
+    shapes = {tuple(checkpoint.tensor(name).shape) for name in kept if len(checkpoint.tensor(name).shape) > 1}
+    router, shared_gate, conv = (6, 256), (1, 256), (1024, 4)
+    expected = {"qwen3moe": {router}, "qwen35": {conv}}.get(architecture, {router, shared_gate, conv})
+    assert shapes == expected
+    truth, got = logits(folder).double(), logits(folder, "Q8_0").double()
+    assert 0 < float((got - truth).square().mean() / truth.var()) < 2e-2
+
+
+def test_names_of_the_converter_are_the_gguf_package_s() -> None:
+    """The converter under ``testing`` is the oracle of the loaders; this is its own."""
+    for model_type, architecture in gguf_conversion.ARCHITECTURES.items():
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        known = {gguf.TENSOR_NAMES[tensor] for tensor in gguf.MODEL_TENSORS[arch]}
+        config = TINY[architecture] | {"vocab_size": 64}
+        assert config["model_type"] == model_type
+        for tensor in gguf_conversion.convert(config, random_tensors(config)):
+            stem = tensor.name.removesuffix(".weight").removesuffix(".bias")
+            block = stem.split(".")[1] if stem.startswith("blk.") else ""
+            assert stem.replace(f"blk.{block}.", "blk.{bid}.") in known, tensor.name
