@@ -130,6 +130,12 @@ class Tokenizer:
             except (TypeError, ValueError):
                 raise UnsupportedCheckpoint(f"tokenizer.ggml.{key}: expected integers", where) from None
 
+        def listed(key: str) -> list[Any]:
+            value = metadata.get(f"tokenizer.ggml.{key}", ())
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise UnsupportedCheckpoint(f"tokenizer.ggml.{key}: expected a list, got {value!r:.60}", where)
+            return list(value)
+
         def token_id(key: str) -> int | None:
             value = metadata.get(f"tokenizer.ggml.{key}")
             return None if value is None else integers(key, [value])[0]
@@ -140,9 +146,8 @@ class Tokenizer:
         if pre not in PRE_TOKENIZERS:
             known = ", ".join(PRE_TOKENIZERS)
             raise UnsupportedCheckpoint(f"tokenizer pre-tokenizer {pre!r}; helexa knows {known}", where)
-        words = list(metadata.get("tokenizer.ggml.tokens", ()))
-        merges = list(metadata.get("tokenizer.ggml.merges", ()))
-        types = integers("token_type", metadata.get("tokenizer.ggml.token_type", ())) or [1] * len(words)
+        words, merges = listed("tokens"), listed("merges")
+        types = integers("token_type", listed("token_type")) or [1] * len(words)
         if not words or not all(map(str.__instancecheck__, words)):
             raise UnsupportedCheckpoint("tokenizer.ggml.tokens: expected a list of strings", where)
         if len(types) != len(words):

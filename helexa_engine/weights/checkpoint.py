@@ -138,7 +138,8 @@ class GGUFCheckpoint(Checkpoint):
 class FolderCheckpoint(Checkpoint):
     """A HuggingFace folder: ``config.json`` and safetensors."""
 
-    _ARCHITECTURES = {
+    #: ``model_type`` of a config -> architecture.
+    MODEL_TYPES = {
         "qwen3": "qwen3",
         "qwen3_moe": "qwen3moe",
         "qwen3_next": "qwen3next",
@@ -164,7 +165,7 @@ class FolderCheckpoint(Checkpoint):
         kind = self.config.get("model_type")
         if not isinstance(kind, str):
             raise UnsupportedCheckpoint("model_type is missing", str(config_path))
-        self.architecture = self._ARCHITECTURES.get(kind, kind)
+        self.architecture = self.MODEL_TYPES.get(kind, kind)
         quantization = self.config.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization

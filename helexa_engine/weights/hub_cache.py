@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING
 
 from .. import env
 from ..errors import HelexaError, InvalidRequest, ModelNotFound
-from . import checkpoint, gguf
+from . import checkpoint, gguf, gguf_names
 from .hub import INDEX, TOKENIZER_FILES, HubId, Variant, choose, format_bytes, variants
 
 if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy
-
-ARCHITECTURES = frozenset({"qwen3"})
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -178,14 +176,12 @@ def architecture_of(path: Path) -> str | None:
     """The architecture of a GGUF file or a ``config.json`` when helexa runs it, in GGUF's spelling; else None."""
     try:
         if path.name == "config.json":
-            kind = checkpoint.read_json(path).get("model_type")
-            # qwen3_5_moe_text is qwen35moe in GGUF's spelling.
-            kind = kind.removesuffix("_text").replace("_", "") if isinstance(kind, str) else None
+            kind = checkpoint.FolderCheckpoint.MODEL_TYPES.get(str(checkpoint.read_json(path).get("model_type")))
         else:
             kind = gguf.read_architecture(path) if path.is_file() else None
     except HelexaError:
         return None
-    return kind if kind in ARCHITECTURES else None
+    return kind if kind in gguf_names.ARCHITECTURES else None
 
 
 @dataclass(frozen=True, slots=True)

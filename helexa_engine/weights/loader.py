@@ -119,7 +119,12 @@ def _check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
             f"{len(unexpected)} tensors are not part of {checkpoint.architecture}: {listed}", str(checkpoint.path)
         )
     for name, slot in wanted.items():
-        shape = checkpoint.tensor(name).shape
+        raw = checkpoint.tensor(name)
+        if not raw.quant_type.is_float and not raw.quant_type.is_quantised:
+            raise UnsupportedCheckpoint(
+                f"expected weights, got numbers of type {raw.quant_type}", f"{checkpoint.path}: tensor {name!r}"
+            )
+        shape = raw.shape
         if tuple(shape) != tuple(slot.shape):
             raise UnsupportedCheckpoint(
                 f"expected shape {list(slot.shape)}, got {list(shape)}", f"{checkpoint.path}: tensor {name!r}"

@@ -131,7 +131,9 @@ def test_importances_lower_the_error_they_weigh(quant_type: QuantType) -> None:
 def test_weights_of_columns() -> None:
     np.testing.assert_array_equal(column_weights(None, 3), [1, 1, 1])
     np.testing.assert_array_equal(column_weights(np.zeros(3), 3), [1, 1, 1])
-    np.testing.assert_allclose(column_weights(np.array([0.0, 1e30, 3e30]), 3), [LEAST_IMPORTANCE, 0.75, 2.25], rtol=1e-6)
+    np.testing.assert_allclose(
+        column_weights(np.array([0.0, 1e30, 3e30]), 3), [LEAST_IMPORTANCE, 0.75, 2.25], rtol=1e-6
+    )
     for wrong in (np.ones(2), np.array([1.0, -1.0, 1.0]), np.array([1.0, np.nan, 1.0])):
         with pytest.raises(ValueError, match="expected 3 importances"):
             column_weights(wrong, 3)
