@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ..ops.quantize import quantize
 from ..quant import mixes, types
 from ..quant.mixes import Mix
-from ..quant.quantize import quantize
 from ..quant.types import QuantType
 from ..weights.gguf_writer import GGUFWriter
 from . import gguf_conversion
@@ -283,6 +283,7 @@ def write_gguf(
         metadata |= {f"{architecture}.block_count": blocks + 1, f"{architecture}.nextn_predict_layers": 1}
         extra = gguf_conversion.mtp_block(config, blocks)
         listed += [gguf_conversion.Tensor(name, values, "", is_float32=True) for name, values in extra.items()]
+    encode = quantize.choose("cpu").quantize  # the same bytes as the reference's, sooner
     with GGUFWriter(path, metadata) as writer:
         for tensor in listed:
             values = tensor.values.contiguous().numpy()
@@ -290,7 +291,7 @@ def write_gguf(
             if quant_type is types.F32:
                 writer.add_tensor(tensor.name, types.F32, values.shape, values)
             else:
-                writer.add_tensor(tensor.name, quant_type, values.shape, quantize(values, quant_type))
+                writer.add_tensor(tensor.name, quant_type, values.shape, encode(values, quant_type))
     return path
 
 
