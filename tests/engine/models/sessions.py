@@ -21,12 +21,14 @@ def in_one_order() -> bool:
     return native_core() is not None and not env.forced_ops()
 
 
-def assert_same(got: torch.Tensor, expected: torch.Tensor, *, exact: bool | None = None) -> None:
+def assert_same(
+    got: torch.Tensor, expected: torch.Tensor, *, exact: bool | None = None, rounding: float = 1e-5
+) -> None:
     """Bit for bit where sums have one order (``exact`` says so if not asked), else within float32 rounding."""
     if in_one_order() if exact is None else exact:
         assert torch.equal(got, expected)
     else:
-        assert (got - expected).abs().max() < 1e-5
+        assert (got - expected).abs().max() < rounding
 
 
 class Pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -101,6 +102,14 @@ def expected_logits(theirs: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     return theirs(torch.tensor([ids])).logits[0]
 
 
+@cache
+def float32_costs(theirs: PreTrainedModel, ids: tuple[int, ...]) -> float:
+    """Largest error of transformers' own logits in float32: what another order of summing may cost."""
+    exact = copy.deepcopy(theirs).double()
+    exact.set_experts_implementation("eager")  # the others have no float64
+    return float((expected_logits(theirs, list(ids)) - expected_logits(exact, list(ids))).abs().max())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_transformers(build: Build, shape: str) -> None:
     theirs, ours = build(shape)
@@ -135,13 +144,15 @@ def test_the_state_matters(build: Build) -> None:
 @pytest.mark.parametrize("shape", ["V = 2K", "next, V = 3K"])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 63, 64, 65, 127])
 def test_chunked_prefill_equals_whole(build: Build, chunk: int, shape: str) -> None:
-    _, ours = build(shape)
+    theirs, ours = build(shape)
     ids = random_ids(200, seed=3)
+    rounding = 2 * float32_costs(theirs, tuple(ids))
+    assert rounding < 2e-4
     whole, session = Session(ours), Session(ours)
     expected = whole.feed(ids)
     got = session.feed_in(ids, list(range(chunk, len(ids), chunk)))
     exact = in_one_order() and chunk % 64 == 0
-    assert_same(got, expected, exact=exact)
+    assert_same(got, expected, exact=exact, rounding=rounding)
     for ours_state, theirs_state in zip(session.pool.states, whole.pool.states, strict=True):
         assert_same(ours_state.recurrent_state[2], theirs_state.recurrent_state[2], exact=exact)
         assert_same(ours_state.conv_state[2], theirs_state.conv_state[2], exact=exact)
@@ -149,10 +160,11 @@ def test_chunked_prefill_equals_whole(build: Build, chunk: int, shape: str) -> N
 
 @pytest.mark.parametrize("seed", range(4))
 def test_prefill_cut_anywhere_equals_whole(build: Build, seed: int) -> None:
-    _, ours = build("V = 3K")
+    theirs, ours = build("V = 3K")
     ids = random_ids(150, seed=5)
+    rounding = 2 * float32_costs(theirs, tuple(ids))
     borders = sorted(set(torch.randint(1, 150, (6,), generator=torch.Generator().manual_seed(seed)).tolist()))
-    assert_same(Session(ours).feed_in(ids, borders), Session(ours).feed(ids), exact=False)
+    assert_same(Session(ours).feed_in(ids, borders), Session(ours).feed(ids), exact=False, rounding=rounding)
 
 
 @pytest.mark.parametrize("at", [37, 64])

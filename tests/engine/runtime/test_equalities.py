@@ -1,4 +1,4 @@
-"""Equalities that are the contract, over the whole engine with a real (tiny) Qwen3.
+"""Equalities that are the contract, over the whole engine with real (tiny) models, dense and hybrid.
 
 Tokens are compared exactly. Log probabilities are compared bit for bit where the native core computes them, whose rows do not
 depend on what is computed beside them; the plain PyTorch twins only promise float32 rounding.
@@ -15,8 +15,8 @@ import torch
 
 from helexa_engine import LLM, GenerationResult, SamplingParams
 from helexa_engine.ops.registry import native_core
-from helexa_engine.quant import types
-from helexa_engine.testing.checkpoints import write_gguf, write_qwen3_folder
+from helexa_engine.quant import mixes, types
+from helexa_engine.testing.checkpoints import write_folder, write_gguf, write_qwen3_folder
 from helexa_engine.testing.compare import assert_close
 
 NATIVE = hasattr(native_core(), "quant_matmul")
@@ -29,10 +29,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_qwen3_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="module", params=["safetensors", "Q8_0"])
+@pytest.fixture(scope="module", params=["safetensors", "Q8_0", "hybrid", "hybrid mixture"])
 def model(request: pytest.FixtureRequest, folder: Path) -> Path:
     if request.param == "safetensors":
         return folder
+    if request.param == "hybrid":
+        return write_folder(folder.parent / "qwen35", "qwen35")
+    if request.param == "hybrid mixture":
+        hybrid = write_folder(folder.parent / "qwen3next", "qwen3next")
+        return write_gguf(hybrid, folder.parent / "qwen3next-Q4_K_M.gguf", mixes.MIXES["Q4_K_M"])
     return write_gguf(folder, folder.parent / "tiny-Q8_0.gguf", types.Q8_0)
 
 
@@ -89,7 +94,7 @@ def test_preempted_equals_undisturbed(llm: LLM, model: Path) -> None:
         assert_same(result, undisturbed)
 
 
-def test_abort_frees_every_page(llm: LLM) -> None:
+def test_abort_frees_every_page_and_slot(llm: LLM) -> None:
     for num_events in range(4):
         streams = [llm.stream(prompt(length), params(max_tokens=300, n=2)) for length in (10, 150, 400)]
         for events in streams:
@@ -100,6 +105,9 @@ def test_abort_frees_every_page(llm: LLM) -> None:
     llm.generate("x", params(max_tokens=1))
     stats = llm.stats()
     assert (stats.kv_pages_used, stats.num_running, stats.num_waiting) == (0, 0, 0)
+    states = llm._loaded.thread._engine.scheduler.states
+    assert (states is None) == (llm.model_info.state_bytes == 0)
+    assert states is None or states.num_used == 0
 
 
 def test_gguf_equals_safetensors(folder: Path, tmp_path: Path) -> None:
