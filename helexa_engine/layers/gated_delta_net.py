@@ -66,7 +66,7 @@ class GatedDeltaNet:
         """Adds the block's output to ``x`` [T, hidden_size] in place and returns it; the states of the batch's slots advance."""
         cache = batch.caches[self._layer_idx]
         assert isinstance(cache, StateCache)
-        qkv, z, b, a = torch.split(self._in(x, norm=norm), self._sizes, dim=1)
+        qkv, z, b, a = self._in(x, norm=norm).split_with_sizes(self._sizes, 1)  # torch.split is Python around this
         qkv = self._conv.causal_conv1d(
             qkv, self._conv_weight.get(), cache.conv_state, batch.state_slots, batch.cu_seqlens
         )

@@ -10,6 +10,7 @@ import pytest
 
 from helexa_engine.cli import main
 from helexa_engine.presets import write_preset_gguf
+from helexa_engine.testing.checkpoints import write_folder, write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,23 @@ def test_the_report_is_for_people(tiny: Path, capsys: pytest.CaptureFixture[str]
     assert main(["info", str(tiny)]) == 0
     out = capsys.readouterr().out
     assert "2 layers, hidden 256" in out and "Q6_K" in out and "40960 tokens" in out and "tied output head" in out
+
+
+def test_a_hybrid_s_mixers_experts_and_unused_tensors_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "hf", "qwen35moe", multimodal=True)
+    assert main(["info", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "4 layers (1 of attention, 3 of gated delta net)" in out
+    assert "6 experts of 256, 2 a token and a shared one of 256" in out
+    assert "not used  vision (1 tensors, 0.0 MB), MTP (1 tensors, 0.0 MB)" in out
+    path = write_gguf(write_folder(tmp_path / "dense", "qwen35"), tmp_path / "mtp.gguf", mtp=True)
+    assert main(["info", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["layers"], facts["delta_net_layers"], facts["experts"]) == (4, 3, None)
+    extra = [t for t in gguf.GGUFReader(path).tensors if t.name.startswith("blk.4.")]
+    assert facts["unused"] == {"MTP": {"tensors": len(extra), "bytes": sum(int(t.n_bytes) for t in extra)}}
 
 
 def test_it_reads_headers_without_torch(tiny: Path) -> None:
