@@ -267,7 +267,6 @@ def write_gguf(
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]],
         "tokenizer.ggml.eos_token_id": ids["<|im_end|>"],
         "tokenizer.ggml.padding_token_id": ids["<|endoftext|>"],
@@ -285,6 +284,7 @@ def write_gguf(
         listed += [gguf_conversion.Tensor(name, values, "", is_float32=True) for name, values in extra.items()]
     encode = quantize.choose("cpu").quantize  # the same bytes as the reference's, sooner
     with GGUFWriter(path, metadata) as writer:
+        writer.add_metadata("tokenizer.ggml.token_type", kinds, "int32")  # llama.cpp reads no other
         for tensor in listed:
             values = tensor.values.contiguous().numpy()
             quant_type = types.F32 if tensor.is_float32 else _stored_type(quant, tensor.module, values.shape, config)

@@ -94,8 +94,7 @@ def metadata(config: dict[str, Any]) -> dict[str, Any]:
             "full_attention_interval": 4,
         }
         if architecture != "qwen3next":
-            third = rotary_dim // 2 // 3
-            found["rope.dimension_sections"] = [rotary_dim // 2 - 2 * third, third, third, 0]
+            found["rope.dimension_sections"] = [*rope["mrope_section"], 0]
     return {f"{architecture}.{key}": value for key, value in found.items()}
 
 
