@@ -24,7 +24,7 @@ from helexa_engine.weights import loader
 from helexa_engine.weights.checkpoint import open_checkpoint
 from helexa_engine.weights.gguf_writer import GGUFWriter
 
-from .sessions import Session
+from .sessions import Session, in_one_order
 
 HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
 IDS = torch.randint(0, 390, (100,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -158,7 +158,8 @@ def test_quantised_files_meet_the_accuracy_bar(architecture: str, mix: str, tmp_
     error = float((got - truth).square().sum() / truth.square().sum())
     print(f"{architecture} {mix}: {error:.2g}, bar {BARS[architecture][mix]:.2g}")
     assert error <= BARS[architecture][mix]
-    assert error > 0 or mix == "BF16"  # whose kernels multiply float32 activations
+    if in_one_order() and mix != "BF16":  # kernels with integer activations; the others multiply float32
+        assert error > 0
 
 
 @pytest.mark.parametrize("architecture", ["qwen3moe", *HYBRIDS])
