@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
+from transformers import PreTrainedModel
 
 from helexa_engine import env
 from helexa_engine.batch import Batch
@@ -31,6 +34,20 @@ def assert_same(
         assert (got - expected).abs().max() < rounding
 
 
+@torch.no_grad()
+def expected_logits(theirs: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    return theirs(torch.tensor([ids])).logits[0]
+
+
+@cache
+def float32_costs(theirs: PreTrainedModel, ids: tuple[int, ...]) -> float:
+    """Largest error of transformers' own logits in float32: what another order of summing may cost."""
+    exact = copy.deepcopy(theirs).double()
+    if hasattr(exact.config, "num_experts"):
+        exact.set_experts_implementation("eager")  # the others have no float64
+    return float((expected_logits(theirs, list(ids)) - expected_logits(exact, list(ids))).abs().max())
+
+
 class Pool:
     """Pages and state slots of a few sequences, NaN until written or begun."""
 
@@ -38,16 +55,16 @@ class Pool:
         self.model = model
         specs = model.cache_specs(model.config, kv_dtype)
         self.caches = [spec.allocate(12 if isinstance(spec, AttentionCacheSpec) else NUM_SLOTS) for spec in specs]
-        for cache in self.caches:
+        for layer in self.caches:
             tensors = (
-                (cache.k, cache.v) if isinstance(cache, AttentionCache) else (cache.conv_state, cache.recurrent_state)
+                (layer.k, layer.v) if isinstance(layer, AttentionCache) else (layer.conv_state, layer.recurrent_state)
             )
             for tensor in tensors:
                 tensor.fill_(float("nan"))
 
     @property
     def states(self) -> list[StateCache]:
-        return [cache for cache in self.caches if isinstance(cache, StateCache)]
+        return [layer for layer in self.caches if isinstance(layer, StateCache)]
 
     @torch.no_grad()
     def feed(self, *chunks: tuple[Session, list[int]]) -> torch.Tensor:
@@ -56,8 +73,8 @@ class Pool:
         tables = torch.zeros(len(chunks), 5, dtype=torch.int32)
         for i, (session, new) in enumerate(chunks):
             if session.length == 0:
-                for cache in self.states:
-                    cache.clear([session.state_slot])
+                for state in self.states:
+                    state.clear([session.state_slot])
             at = torch.arange(session.length, session.length + len(new))
             session.length += len(new)
             pages = torch.tensor(session.pages)

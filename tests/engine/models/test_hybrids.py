@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,7 @@ from helexa_engine.models.registry import model_class
 from helexa_engine.weights import loader
 from helexa_engine.weights.checkpoint import open_checkpoint
 
-from .sessions import Pool, Session, assert_same, in_one_order
+from .sessions import Pool, Session, assert_same, expected_logits, float32_costs, in_one_order
 
 VOCAB = 160
 SHAPE = dict(
@@ -95,19 +94,6 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 def random_ids(count: int, seed: int) -> list[int]:
     return torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@torch.no_grad()
-def expected_logits(theirs: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    return theirs(torch.tensor([ids])).logits[0]
-
-
-@cache
-def float32_costs(theirs: PreTrainedModel, ids: tuple[int, ...]) -> float:
-    """Largest error of transformers' own logits in float32: what another order of summing may cost."""
-    exact = copy.deepcopy(theirs).double()
-    exact.set_experts_implementation("eager")  # the others have no float64
-    return float((expected_logits(theirs, list(ids)) - expected_logits(exact, list(ids))).abs().max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
