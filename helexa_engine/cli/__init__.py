@@ -24,6 +24,7 @@ COMMANDS = {
     "pull": "download a model from the hub, or go on with it",
     "list": "list the models on this machine",
     "rm": "delete a model from the hub's cache",
+    "quantize": "write a model as a quantised GGUF file",
     "info": "say what a model file holds, without loading it",
     "doctor": "check this machine and this installation",
     "bench": "measure prefill and decode speed against the memory's limit",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import UnsupportedCheckpoint
 from ..layers.rotary import inverse_frequencies
 
@@ -101,7 +103,8 @@ class ModelConfig:
             head_dim=head_dim,
             vocab_size=read.integer("vocab_size"),
             max_position_embeddings=read.integer("max_position_embeddings", high=2**27),
-            rms_norm_eps=read.number(config, "rms_norm_eps"),
+            # As a GGUF file stores it, so that a model computes the same from either kind of checkpoint.
+            rms_norm_eps=float(np.float32(read.number(config, "rms_norm_eps"))),
             rope_theta=theta,
             rope_scaling=rope,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),

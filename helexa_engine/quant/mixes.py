@@ -33,7 +33,7 @@ MIXES: dict[str, Mix] = {
         Mix("F16", types.F16, types.F16, 1),
         Mix("BF16", types.BF16, types.BF16, 32),
         Mix("Q8_0", types.Q8_0, types.Q8_0, 7),
-        Mix("Q4_0", types.Q4_0, types.Q4_0, 2),
+        Mix("Q4_0", types.Q4_0, types.Q6_K, 2),
         Mix("Q6_K", types.Q6_K, types.Q6_K, 18),
         Mix("Q5_K_M", types.Q5_K, types.Q6_K, 17),
         Mix("Q4_K_M", types.Q4_K, types.Q6_K, 15),
@@ -44,7 +44,7 @@ MIXES: dict[str, Mix] = {
 
 # For rows that are no multiple of 256.
 _FALLBACK = {
-    types.Q3_K: types.IQ4_NL,
+    types.Q3_K: types.Q4_0,
     types.IQ4_XS: types.IQ4_NL,
     types.Q4_K: types.Q5_0,
     types.Q5_K: types.Q5_1,
@@ -68,9 +68,9 @@ def use_more_bits(layer: int, num_layers: int) -> bool:
     return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
 
 
-def _layer_type(mix: Mix, module: str, layer: int, num_layers: int, gqa_ratio: int) -> QuantType:
-    # A delta net's merged q|k|v counts in the series of the attention layers' v.
-    is_v = module in ("self_attn.v_proj", "linear_attn.in_proj_qkv")
+def _layer_type(mix: Mix, module: str, layer: int, num_layers: int, gqa_ratio: int, has_importance: bool) -> QuantType:
+    # A merged q|k|v, a delta net's or an attention's, counts in the series of the attention layers' v.
+    is_v = module in ("self_attn.v_proj", "self_attn.qkv_proj", "linear_attn.in_proj_qkv")
     is_down = module in ("mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj")
     if mix.name in ("Q4_K_M", "Q5_K_M") and (is_v or is_down) and use_more_bits(layer, num_layers):
         return types.Q6_K
@@ -81,13 +81,23 @@ def _layer_type(mix: Mix, module: str, layer: int, num_layers: int, gqa_ratio: i
             return types.Q5_K if layer < num_layers // 16 else types.Q4_K
         if module == "self_attn.o_proj":
             return types.Q4_K
-    if mix.name == "IQ4_XS" and ((is_v and gqa_ratio >= 4) or (is_down and layer < num_layers // 8)):
+    is_first_down = is_down and layer < num_layers // 8
+    if mix.name == "IQ4_XS" and ((is_v and gqa_ratio >= 4) or (is_first_down and not has_importance)):
         return types.Q5_K
+    if mix.name == "Q4_0" and is_first_down and has_importance:
+        return types.Q4_1
     return mix.base
 
 
 def quant_type_for(
-    mix: Mix, name: str, shape: tuple[int, ...], *, num_layers: int, gqa_ratio: int, tied: bool
+    mix: Mix,
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    num_layers: int,
+    gqa_ratio: int,
+    tied: bool,
+    has_importance: bool = False,
 ) -> QuantType:
     """The type of one tensor.
 
@@ -96,12 +106,13 @@ def quant_type_for(
         shape: torch order; experts are [experts, out, in].
         gqa_ratio: query heads for each key-value head.
         tied: the embedding table is also the head.
+        has_importance: an importance matrix is at hand, for which two mixes choose otherwise.
     """
     if stays_float32(name, shape):
         return types.F32
     match = _LAYER.fullmatch(name)
     if match:
-        wanted = _layer_type(mix, match[2], int(match[1]), num_layers, gqa_ratio)
+        wanted = _layer_type(mix, match[2], int(match[1]), num_layers, gqa_ratio, has_importance)
     elif name == "lm_head.weight" or (tied and name == "model.embed_tokens.weight"):
         wanted = mix.head
     else:

@@ -137,6 +137,8 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     path = resolve_model(model, offline=config.offline, progress=progress)
     report("reading the checkpoint", 0.0)
     with open_checkpoint(path) as checkpoint:
+        if config.quant is not None:
+            checkpoint.tile_value_heads()
         build = model_class(checkpoint.architecture, checkpoint.where)
         model_config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
         specs = build.cache_specs(model_config, _kv_dtype(config, checkpoint))

@@ -35,7 +35,7 @@ PRE_TOKENIZERS: dict[str, str] = {
 END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
 
 # tokenizer.ggml.token_type
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 
 def _byte_characters() -> dict[str, int]:
@@ -157,9 +157,9 @@ class Tokenizer:
         added: dict[int, AddedToken] = {}
         tokens: list[str | None] = words
         for i, kind in enumerate(types):
-            if kind in (_CONTROL, _USER_DEFINED) and words[i]:
-                added[i] = AddedToken(words[i], special=kind == _CONTROL)
-            if kind in (_CONTROL, _USER_DEFINED, _UNUSED):
+            if kind in (CONTROL, USER_DEFINED) and words[i]:
+                added[i] = AddedToken(words[i], special=kind == CONTROL)
+            if kind in (CONTROL, USER_DEFINED, UNUSED):
                 tokens[i] = None
         vocab = {word: i for i, word in enumerate(tokens) if word is not None}
         backend = _build(vocab, merges, _qwen_pre_tokenizer(pre), _nfc(), where)

@@ -134,6 +134,73 @@ def split(config: Mapping[str, Any], tensors: Iterable[RawTensor], where: str) -
     return made
 
 
+def tiled(config: Mapping[str, Any], tensors: Iterable[RawTensor], where: str) -> dict[str, RawTensor]:
+    """Canonical tensors of unquantised weights with the delta nets' value heads in tiled order instead of grouped: what was head
+    ``k * r + i`` (of key head ``k``) becomes head ``i * K + k``, everywhere.
+
+    Raises:
+        UnsupportedCheckpoint: a tensor has not the rows or columns that the config gives it.
+    """
+    shape = _Shape(config, where)
+    keys, ratio, k_dim, v_dim = _delta_net(shape)
+    heads, k_rows, v_rows = keys * ratio, 2 * keys * k_dim, keys * ratio * v_dim
+
+    def swapped(rows: Bytes) -> Bytes:
+        return rows.reshape(keys, ratio, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    def after_keys(rows: Bytes) -> Bytes:
+        return np.concatenate([rows[:k_rows], swapped(rows[k_rows:])])
+
+    def columns(rows: Bytes) -> Bytes:
+        return rows.reshape(len(rows), keys, ratio, -1).swapaxes(1, 2).reshape(rows.shape)
+
+    reorder: dict[str, tuple[int, int, Callable[[Bytes], Bytes]]] = {  # axis, its expected size, what to do to the rows
+        "in_proj_qkv.weight": (0, k_rows + v_rows, after_keys),
+        "conv1d.weight": (0, k_rows + v_rows, after_keys),
+        "in_proj_z.weight": (0, v_rows, swapped),
+        "in_proj_b.weight": (0, heads, swapped),
+        "in_proj_a.weight": (0, heads, swapped),
+        "a_coefficient": (0, heads, swapped),
+        "dt_bias": (0, heads, swapped),
+        "out_proj.weight": (1, v_rows, columns),
+    }
+    made = {}
+    for raw in tensors:
+        axis, size, function = reorder.get(raw.name.partition(".linear_attn.")[2], (0, 0, None))
+        if function is None:
+            made[raw.name] = raw
+            continue
+        if axis >= len(raw.shape) or raw.shape[axis] != size:
+            raise UnsupportedCheckpoint(
+                f"expected {size} {'columns' if axis else 'rows'}, got shape {list(raw.shape)}",
+                f"{where}: tensor {raw.name!r}",
+            )
+        assert raw.quant_type.is_float
+        matrix = raw.shape if len(raw.shape) == 2 else (size, 1)
+        made[raw.name] = (
+            raw.presented(raw.name, matrix).rearranged(raw.name, matrix, function).presented(raw.name, raw.shape)
+        )
+    return made
+
+
+def merge_ba(config: Mapping[str, Any], b: RawTensor, a: RawTensor, name: str, where: str) -> RawTensor:
+    """``in_proj_b`` and ``in_proj_a`` as one matrix, per key head b.. | a..: the reverse of splitting ``in_proj_ba``."""
+    shape = _Shape(config, where)
+    groups, ratio, _, _ = _delta_net(shape)
+    for raw in (b, a):
+        shape.check_rows(raw, groups * ratio, "a value head each")
+    if (a.shape, a.quant_type) != (b.shape, b.quant_type):
+        raise UnsupportedCheckpoint(f"{b.name!r} and {a.name!r} differ in shape or type", where)
+
+    def take() -> np.ndarray:
+        parts = [raw.data.reshape(groups, ratio, -1) for raw in (b, a)]
+        return np.concatenate(parts, axis=1).reshape(-1)
+
+    return replace(
+        b, name=name, shape=(2 * b.shape[0], b.shape[1]), source=take, stored_names=b.stored_names + a.stored_names
+    )
+
+
 def _add(made: dict[str, RawTensor], raw: RawTensor, where: str) -> None:
     if raw.name in made:
         stored = ", ".join(repr(n) for n in (*made[raw.name].stored_names, *raw.stored_names)[:4])

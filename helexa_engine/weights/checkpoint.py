@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,18 @@ class Checkpoint(ABC):
 
     def release(self, name: str) -> None:
         """Gives the memory under a tensor's bytes back once they have been copied elsewhere."""
-        for stored in self._tensors[name].stored_names:
-            self._release_stored(stored)
+        self.release_stored(self._tensors[name].stored_names)
+
+    def release_stored(self, names: Iterable[str]) -> None:
+        """:meth:`release` by the names that the files have."""
+        for name in names:
+            self._release_stored(name)
+
+    def tile_value_heads(self) -> None:
+        """Puts the delta nets' value heads into the order of the architecture's GGUF files, where they are not: quantised on
+        loading, the tensors are then those of a file. Raises :class:`UnsupportedCheckpoint`.
+        """
+        return None
 
     @abstractmethod
     def _release_stored(self, name: str) -> None:
@@ -110,6 +120,16 @@ class GGUFCheckpoint(Checkpoint):
         embedding = tensors["token_embd.weight"]
         self.config = gguf_names.hf_config(metadata, embedding.shape[0], "output.weight" not in tensors, str(path))
         self._tensors = canonical.split(self.config, self._renamed(), str(path))
+
+    @property
+    def stored_metadata(self) -> Mapping[str, memoryview]:
+        """The file's metadata as it stands there, for copying."""
+        return self._file.stored_metadata
+
+    def stored_tensors(self) -> Iterator[RawTensor]:
+        """Every tensor of the file under its own name, also those that no model here reads."""
+        for name, record in self._file.tensors.items():
+            yield RawTensor(name, record.quant_type, record.shape, record.data, (name,))
 
     def _renamed(self) -> list[RawTensor]:
         """The file's tensors under HuggingFace's names; what is not used goes to ``unused``."""
@@ -190,6 +210,12 @@ class FolderCheckpoint(Checkpoint):
     @property
     def where(self) -> str:
         return str(self.path / "config.json")
+
+    def tile_value_heads(self) -> None:
+        if self.architecture not in gguf_names.TILED or self.config.get("value_head_order") == "tiled":
+            return
+        self._tensors = canonical.tiled(self.config, self._tensors.values(), str(self.path))
+        self.config["value_head_order"] = "tiled"
 
     def _read_template(self) -> str | None:
         jinja = self.path / "chat_template.jinja"

@@ -209,6 +209,7 @@ class GGUFFile:
         version: 2 or 3.
         metadata: key -> value: int, float, bool, str, numpy array, :class:`StringArray`, or a list of these for nested arrays.
             Of a split model, the first part's.
+        stored_metadata: key -> type and value as the first part stores them, for copying.
         tensors: name -> :class:`GGUFTensor`, in file order.
 
     Raises:
@@ -219,6 +220,7 @@ class GGUFFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metadata: dict[str, Any] = {}
+        self.stored_metadata: dict[str, memoryview] = {}
         self.tensors: dict[str, GGUFTensor] = {}
         self.version = 0
         self._maps: list[mmap.mmap] = []
@@ -321,7 +323,10 @@ class GGUFFile:
             key = cursor.name(f"metadata entry {i}")
             if key in metadata:
                 raise cursor.fail("the key stands twice", f"metadata {key!r}")
+            start = cursor.at
             metadata[key] = cursor.value(int(cursor.scalar(UINT32, f"metadata {key!r}")), f"metadata {key!r}")
+            if part == 0:
+                self.stored_metadata[key] = cursor.data[start : cursor.at]
         self._read_tensors(cursor, metadata, num_tensors, part)
         return metadata
 

@@ -17,6 +17,8 @@ from ..errors import UnsupportedCheckpoint
 ARCHITECTURES = ("qwen3", "qwen3moe", "qwen3next", "qwen35", "qwen35moe")
 HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
 MIXTURES = ("qwen3moe", "qwen3next", "qwen35moe")
+#: Architectures whose files have a delta net's value heads in tiled order.
+TILED = ("qwen35", "qwen35moe")
 
 # The names of a fused tensor (``qkv_proj``, ``in_proj_qkvz``, ``in_proj_ba``, ``gate_up_proj``) are taken apart in ``canonical``.
 _BLOCK = {
@@ -179,12 +181,7 @@ def hf_config(metadata: Mapping[str, Any], vocab_rows: int, tied: bool, where: s
         raise UnsupportedCheckpoint(f"metadata rope.scaling.type: expected text, got {type(kind).__name__}", where)
     if kind not in (None, "none"):
         scaling = {"rope_type": kind, "factor": data.read("rope.scaling.factor")}
-        for theirs, ours in (
-            ("original_context_length", "original_max_position_embeddings"),
-            ("attn_factor", "attention_factor"),
-            ("yarn_beta_fast", "beta_fast"),
-            ("yarn_beta_slow", "beta_slow"),
-        ):
+        for theirs, ours in _SCALING_KEYS:
             value = data.get(f"rope.scaling.{theirs}")
             if value is not None:
                 scaling[ours] = value
@@ -215,7 +212,7 @@ def _hybrid_config(data: _Metadata) -> dict[str, Any]:
         "linear_value_head_dim": inner // value_heads,
         "linear_conv_kernel_dim": data.integer("ssm.conv_kernel"),
         # Conversion reorders the value heads of Qwen3.5 and later, and leaves those of Qwen3-Next.
-        "value_head_order": "grouped" if data.architecture == "qwen3next" else "tiled",
+        "value_head_order": "tiled" if data.architecture in TILED else "grouped",
     }
 
 
@@ -229,6 +226,112 @@ def _layer_types(data: _Metadata, num_layers: int) -> list[str]:
         if len(flags) < num_layers or any(flag not in (0, 1) for flag in flags):
             raise data.fail("attention.recurrent_layers", f"{num_layers} booleans", recurrent)
     return ["linear_attention" if flag else "full_attention" for flag in flags[:num_layers]]
+
+
+#: HuggingFace's key -> the key after the architecture's prefix, and whether the value is a float.
+_CONFIG_KEYS = {
+    "num_hidden_layers": ("block_count", False),
+    "max_position_embeddings": ("context_length", False),
+    "hidden_size": ("embedding_length", False),
+    "intermediate_size": ("feed_forward_length", False),
+    "num_attention_heads": ("attention.head_count", False),
+    "num_key_value_heads": ("attention.head_count_kv", False),
+    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", True),
+}
+_MIXTURE_KEYS = {
+    "num_experts": ("expert_count", False),
+    "num_experts_per_tok": ("expert_used_count", False),
+    "moe_intermediate_size": ("expert_feed_forward_length", False),
+    "shared_expert_intermediate_size": ("expert_shared_feed_forward_length", False),
+}
+_HYBRID_KEYS = {
+    "linear_conv_kernel_dim": ("ssm.conv_kernel", False),
+    "linear_key_head_dim": ("ssm.state_size", False),
+    "linear_num_key_heads": ("ssm.group_count", False),
+    "linear_num_value_heads": ("ssm.time_step_rank", False),
+}
+_MROPE_SECTIONS = (11, 11, 10)
+
+
+def metadata_of(architecture: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """GGUF metadata of a HuggingFace config: the reverse of :func:`hf_config`, with the keys that llama.cpp wants besides.
+
+    The config has been checked (as :class:`~helexa_engine.models.config.ModelConfig` checks it).
+
+    Raises:
+        UnsupportedCheckpoint: a setting that no GGUF key expresses.
+    """
+    if architecture in MIXTURES and config.get("norm_topk_prob", True) is False:
+        raise UnsupportedCheckpoint("norm_topk_prob is false, which a GGUF file cannot say", where)
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    heads, head_dim = config["num_attention_heads"], config.get("head_dim")
+    head_dim = config["hidden_size"] // heads if head_dim is None else head_dim
+    theta = config.get("rope_theta")
+    keys = _CONFIG_KEYS | (_MIXTURE_KEYS if architecture in MIXTURES else {})
+    made: dict[str, Any] = {
+        ours: float(config[theirs]) if is_float else config[theirs]
+        for theirs, (ours, is_float) in (keys | (_HYBRID_KEYS if architecture in HYBRIDS else {})).items()
+        if config.get(theirs) is not None
+    }
+    made |= {
+        "attention.head_count_kv": config.get("num_key_value_heads", heads),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.freq_base": float(rope["rope_theta"] if theta is None else theta),
+    }
+    if architecture in HYBRIDS:
+        made |= _hybrid_metadata(config, rope, head_dim)
+    if architecture in TILED:
+        sections = list(rope.get("mrope_section") or _MROPE_SECTIONS)
+        made["rope.dimension_sections"] = np.array((sections + [0] * 4)[:4], np.int32)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in (None, "default", "mrope"):
+        made |= _scaling_metadata(kind, rope, where)
+    prefixed = {f"{architecture}.{key}": value for key, value in made.items()}
+    return {"general.architecture": architecture, "general.type": "model"} | prefixed
+
+
+def _hybrid_metadata(config: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))
+    made: dict[str, Any] = {
+        "ssm.inner_size": config["linear_num_value_heads"] * config["linear_value_head_dim"],
+        "full_attention_interval": config.get("full_attention_interval", 4),
+        "rope.dimension_count": int(head_dim * factor),
+    }
+    if config.get("layer_types") is not None:
+        made["attention.recurrent_layers"] = [kind == "linear_attention" for kind in config["layer_types"]]
+    return made
+
+
+def _scaling_metadata(kind: str, rope: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedCheckpoint(f"rope scaling {kind!r} is not supported; expected default, linear or yarn", where)
+    made = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    for ours, theirs in _SCALING_KEYS if kind == "yarn" else ():
+        value = rope.get(theirs)
+        if value is not None:
+            made[f"rope.scaling.{ours}"] = value if ours == "original_context_length" else float(value)
+    return made
+
+
+_SCALING_KEYS = (
+    ("original_context_length", "original_max_position_embeddings"),
+    ("attn_factor", "attention_factor"),
+    ("yarn_beta_fast", "beta_fast"),
+    ("yarn_beta_slow", "beta_slow"),
+)
+
+
+def sampling_metadata(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """``general.sampling.*`` of HuggingFace's generation config: the reverse of :func:`generation_config`."""
+    defaults = dict(generation_config)
+    if defaults.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return {
+        f"general.sampling.{ours}": value if ours == "top_k" else float(value)
+        for ours, theirs in _SAMPLING.items()
+        if isinstance(value := defaults.get(theirs), (int, float)) and not isinstance(value, bool)
+    }
 
 
 def _mixture_config(data: _Metadata) -> dict[str, Any]:

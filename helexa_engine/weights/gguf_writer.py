@@ -129,6 +129,10 @@ class GGUFWriter:
         number = ARRAY if is_array else (_infer([value]) if given is None else given)
         self._metadata[key] = struct.pack("<I", number) + _pack(value, number, given if is_array else None)
 
+    def copy_metadata(self, key: str, stored: bytes | memoryview) -> None:
+        """Set ``key`` to what another file stores (see :attr:`GGUFFile.stored_metadata`), byte for byte."""
+        self._metadata[key] = bytes(stored)
+
     def add_tensor(self, name: str, quant_type: QuantType, shape: tuple[int, ...], data: TensorData) -> None:
         """Declare a tensor.
 

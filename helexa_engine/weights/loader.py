@@ -9,18 +9,17 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..errors import InvalidRequest, UnsupportedCheckpoint
-from ..ops.quantize import quantize
 from ..quant import mixes, types
 from ..quant.dequantize import dequantize
 from ..quant.types import QuantType
 from .checkpoint import Checkpoint, RawTensor
+from .quantized_file import encoded_pieces
 
 #: Called with (stage, share done from 0 to 1).
 Progress = Callable[[str, float], None]
 
 # A constant that old checkpoints stored; a hint about the range of activations.
 _IGNORED = ("rotary_emb.inv_freq", ".input_scale")
-_VALUES_AT_ONCE = 1 << 22
 
 
 class Slot(Protocol):
@@ -65,7 +64,7 @@ def load(
     types_wanted = _mix_types(checkpoint, quant)
     mapped = expert_names(checkpoint, dtype=dtype, quant=quant) if mmap_experts else frozenset()
     wanted = model.parameters_wanted()
-    _check(wanted, checkpoint)
+    check(wanted, checkpoint)
     total = sum(checkpoint.tensor(name).nbytes for name in wanted) or 1
     done = 0
     for name, slot in wanted.items():
@@ -105,7 +104,8 @@ def expert_names(checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | No
     return names
 
 
-def _check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
+def check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
+    """Raises :class:`UnsupportedCheckpoint` when a tensor is missing, unexpected or of the wrong shape."""
     present = set(checkpoint.tensor_names())
     missing = [name for name in wanted if name not in present]
     if missing:
@@ -182,18 +182,11 @@ def required_bytes(
 
 def requantize(raw: RawTensor, target: QuantType, where: str) -> RawTensor:
     """A matrix, or one an expert, in another type, a few rows in float32 at a time. Raises UnsupportedCheckpoint on NaN or infinity."""
-    rows, cols = math.prod(raw.shape[:-1]), raw.shape[-1]
-    source = raw.data.reshape(rows, -1)
-    out = np.empty((rows, target.row_bytes(cols)), np.uint8)
-    step = max(1, _VALUES_AT_ONCE // cols)
-    encode = quantize.choose("cpu").quantize
-    for start in range(0, rows, step):
-        part = source[start : start + step]
-        values = dequantize(raw.quant_type, part, (len(part), cols))
-        if not np.isfinite(values).all():
-            raise UnsupportedCheckpoint("NaN or infinite weights cannot be quantised", f"{where}: tensor {raw.name!r}")
-        out[start : start + step] = encode(values, target)
-    return RawTensor(raw.name, target, raw.shape, out.reshape(-1))
+    out, at = np.empty(math.prod(raw.shape[:-1]) * target.row_bytes(raw.shape[-1]), np.uint8), 0
+    for piece in encoded_pieces(raw, target, where):
+        out[at : at + piece.size] = piece.reshape(-1)
+        at += piece.size
+    return RawTensor(raw.name, target, raw.shape, out)
 
 
 def convert(raw: RawTensor, dtype: str) -> RawTensor:

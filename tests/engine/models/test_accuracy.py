@@ -214,7 +214,7 @@ def test_files_hold_the_types_of_their_mix(files: Files, mix: str) -> None:
         head = stored.get("output.weight", stored["token_embd.weight"])
         expected = MIXES[mix] | ({"Q5_K"} if mix == "IQ4_XS" and "gqa4" in model else set())
         assert set(stored.values()) == expected | {head}
-        assert head == {"Q5_K_M": "Q6_K", "Q4_K_M": "Q6_K", "IQ4_XS": "Q6_K"}.get(mix, mix)
+        assert head == {"Q5_K_M": "Q6_K", "Q4_K_M": "Q6_K", "Q4_0": "Q6_K", "IQ4_XS": "Q6_K"}.get(mix, mix)
         assert int(reader.fields["general.file_type"].contents()) == mixes.MIXES[mix].file_type
 
 

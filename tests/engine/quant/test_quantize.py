@@ -150,6 +150,23 @@ def test_other_mixes() -> None:
         assert set(types_of(uniform, "mlp.down_proj")) == {uniform}
 
 
+def test_an_importance_matrix_changes_two_mixes() -> None:
+    def down(mix_name: str, *, has_importance: bool) -> list[str]:
+        return [
+            mixes.quant_type_for(
+                mixes.MIXES[mix_name], f"model.layers.{i}.mlp.down_proj.weight", (64, 256), num_layers=16, gqa_ratio=2,
+                tied=True, has_importance=has_importance,
+            ).name
+            for i in range(3)
+        ]  # fmt: skip
+
+    assert down("Q4_0", has_importance=True) == ["Q4_1", "Q4_1", "Q4_0"]
+    assert down("Q4_0", has_importance=False) == ["Q4_0"] * 3
+    assert down("IQ4_XS", has_importance=True) == ["IQ4_XS"] * 3
+    assert down("IQ4_XS", has_importance=False) == ["Q5_K", "Q5_K", "IQ4_XS"]
+    assert down("Q4_K_M", has_importance=True) == down("Q4_K_M", has_importance=False)
+
+
 def test_head_norms_and_fallbacks() -> None:
     mix = mixes.MIXES["Q4_K_M"]
     shape = {"num_layers": 4, "gqa_ratio": 2}
@@ -159,6 +176,9 @@ def test_head_norms_and_fallbacks() -> None:
     assert mixes.quant_type_for(mix, "model.norm.weight", (256,), tied=True, **shape) is types.F32
     assert set(types_of("Q4_K_M", "self_attn.q_proj", cols=96)) == {"Q5_0"}
     assert set(types_of("Q5_K_M", "self_attn.q_proj", cols=96)) == {"Q5_1"}
+    assert set(types_of("Q3_K_M", "self_attn.q_proj", cols=96)) == {"Q4_0"}
+    assert mixes.quant_type_for(mixes.MIXES["Q4_0"], "lm_head.weight", (512, 256), tied=False, **shape) is types.Q6_K
+    assert mixes.quant_type_for(mixes.MIXES["Q4_0"], "lm_head.weight", (512, 96), tied=False, **shape) is types.Q8_0
     assert set(types_of("Q6_K", "self_attn.q_proj", cols=96)) == {"Q8_0"}
     assert set(types_of("IQ4_XS", "self_attn.q_proj", cols=96)) == {"IQ4_NL"}
     assert set(types_of("Q8_0", "self_attn.q_proj", cols=40)) == {"F16"}
