@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelNotFound, UnsupportedCheckpoint
+from ..quant import types
 from . import canonical, gguf_names
+from .fp8 import SCALE_SUFFIXES, Fp8Scheme
 from .gguf import GGUFFile, StringArray
 from .raw_tensor import RawTensor
 from .safetensors import SafetensorsFolder
@@ -187,12 +189,7 @@ class FolderCheckpoint(Checkpoint):
             raise UnsupportedCheckpoint("model_type is missing", str(config_path))
         self.architecture = self.MODEL_TYPES.get(kind, kind)
         quantization = self.config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-            raise UnsupportedCheckpoint(
-                f"weights quantised by {method!r} are not supported; take the original checkpoint or a GGUF file",
-                str(config_path),
-            )
+        self._fp8 = Fp8Scheme.from_config(quantization, str(config_path)) if quantization else None
         self._folder = SafetensorsFolder(path)
         self.nbytes = self._folder.nbytes
         if "lm_head.weight" not in self._folder.names():
@@ -230,12 +227,35 @@ class FolderCheckpoint(Checkpoint):
 
     def _stored(self) -> Iterator[RawTensor]:
         """The folder's tensors of the text model; what is not used goes to ``unused``."""
-        for name in self._folder.names():
-            raw = self._folder.tensor(name)
+        for raw in self._dequantized():
+            name = raw.name
             kind = canonical.unused_kind(name)
             if kind is not None:
                 self.unused.setdefault(kind, []).append(raw)
             elif not (self.config.get("tie_word_embeddings") and name == "lm_head.weight"):
+                yield raw
+
+    def _dequantized(self) -> Iterator[RawTensor]:
+        """The folder's tensors, those of 8-bit floats with their scales as bfloat16."""
+        names = set(self._folder.names())
+        coded: dict[str, str] = {}  # matrix -> its scales
+        raws = {name: self._folder.tensor(name) for name in self._folder.names()}
+        for name, raw in raws.items():
+            if raw.quant_type is not types.I8:
+                continue
+            scale = next((name + suffix for suffix in SCALE_SUFFIXES if name + suffix in names), None)
+            if scale is None or self._fp8 is None:
+                missing = f"its scales ({name}_scale_inv)" if scale is None else "quantization_config in config.json"
+                raise UnsupportedCheckpoint(
+                    f"8-bit floats without {missing}; download it again", f"{self.path}: tensor {name!r}"
+                )
+            coded[name] = scale
+        scales = set(coded.values())
+        for name, raw in raws.items():
+            if name in coded:
+                assert self._fp8 is not None
+                yield self._fp8.dequantized(raw, raws[coded[name]], str(self.path))
+            elif name not in scales:
                 yield raw
 
     def _release_stored(self, name: str) -> None:

@@ -23,6 +23,8 @@ from .raw_tensor import RawTensor
 MAX_HEADER_BYTES = 100_000_000
 
 _DTYPES = {"F32": types.F32, "F16": types.F16, "BF16": types.BF16, "F64": types.F64}
+#: 8-bit floats; they come as the bytes that they are (I8) and mean something only together with scales, see :mod:`.fp8`.
+FP8 = "F8_E4M3"
 
 
 class _File:
@@ -60,9 +62,9 @@ class _File:
             begin, end = (int(i) for i in entry["data_offsets"])
         except (TypeError, KeyError, ValueError, OverflowError):
             raise UnsupportedCheckpoint("malformed header entry", place) from None
-        if dtype not in _DTYPES:
+        if dtype not in _DTYPES and dtype != FP8:
             raise UnsupportedCheckpoint(f"dtype {dtype} is not supported; expected {', '.join(_DTYPES)}", place)
-        quant_type = _DTYPES[dtype]
+        quant_type = types.I8 if dtype == FP8 else _DTYPES[dtype]
         if any(d < 0 for d in shape) or end - begin != math.prod(shape) * quant_type.block_bytes:
             raise UnsupportedCheckpoint(
                 f"{end - begin} bytes do not make a {dtype} tensor of shape {list(shape)}", place
