@@ -8,6 +8,7 @@ shape of Qwen3-0.6B, its whole vocabulary, and fewer layers.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -35,9 +36,10 @@ from helexa_engine import LLM, SamplingParams
 llm = LLM(sys.argv[1], max_model_len=1024, max_num_seqs=1, max_num_batched_tokens=128)
 seen |= {"loaded": status("VmRSS"), "peak": status("VmHWM")}
 seen |= {"kv": llm.model_info.kv_bytes, "weights": llm.model_info.weight_bytes}
-for name in ("used", "used again"):
+seen["used"] = []
+for _ in range(5):
     llm.generate(list(range(300)), SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
-    seen[name] = status("VmRSS")
+    seen["used"].append(status("VmRSS"))
 print(json.dumps(seen))
 """
 
@@ -65,5 +67,7 @@ def test_a_loaded_file_takes_its_size_and_little_more(preset_file: Path) -> None
     # On the way no more than one tensor stands beside its packed form, and its pages are the file's own.
     largest = max(tensor.nbytes for tensor in presets.tensors(SHAPE, MIX))
     assert seen["peak"] - seen["before"] <= 1.15 * size + seen["kv"] + largest
-    # Work takes its workspace once, and nothing grows from then on.
-    assert seen["used again"] - seen["used"] < 2 * MB
+    # Work takes its workspace once. A leak grows with every use; allocators and huge pages fill up in a few steps, so one use
+    # that adds nothing is what tells them apart.
+    growths = [after - before for before, after in itertools.pairwise(seen["used"])]
+    assert min(growths) < MB // 4, growths
