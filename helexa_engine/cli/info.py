@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TemplateRenderFailed, UnsupportedCheckpoint
@@ -44,23 +46,24 @@ def describe(model: str) -> dict[str, Any]:
         for tensor in checkpoint.tensors:
             parameters[tensor.quant_type.name] += math.prod(tensor.shape)
             nbytes[tensor.quant_type.name] += tensor.nbytes
-        heads = config["num_attention_heads"]
+        number = partial(_integer, config, checkpoint.where)
+        heads, hidden = number("num_attention_heads"), number("hidden_size")
         return {
             "path": str(checkpoint.path),
             "architecture": checkpoint.architecture,
             "file_bytes": checkpoint.nbytes,
             "parameters": parameters.total(),
-            "bits_per_weight": round(8 * nbytes.total() / parameters.total(), 2),
+            "bits_per_weight": round(8 * nbytes.total() / max(1, parameters.total()), 2),
             "types": {name: {"parameters": parameters[name], "bytes": count} for name, count in nbytes.most_common()},
-            "layers": checkpoint.num_layers,
+            "layers": number("num_hidden_layers"),
             "delta_net_layers": _count_delta_nets(checkpoint),
-            "hidden_size": config["hidden_size"],
-            "intermediate_size": config.get("intermediate_size"),
-            "experts": _experts(config),
+            "hidden_size": hidden,
+            "intermediate_size": number("intermediate_size") if config.get("intermediate_size") else None,
+            "experts": _experts(config, number),
             "attention_heads": heads,
-            "kv_heads": config.get("num_key_value_heads", heads),
-            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-            "context": config["max_position_embeddings"],
+            "kv_heads": number("num_key_value_heads", heads),
+            "head_dim": number("head_dim", hidden // heads),
+            "context": number("max_position_embeddings"),
             "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
             "unused": {
                 kind: {"tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}
@@ -75,12 +78,26 @@ def _count_delta_nets(checkpoint: Checkpoint) -> int:
     return sum(name.endswith(".linear_attn.out_proj.weight") for name in checkpoint.tensor_names())
 
 
-def _experts(config: dict[str, Any]) -> dict[str, int] | None:
+_REQUIRED = object()
+
+
+def _integer(config: Mapping[str, Any], where: str, key: str, default: Any = _REQUIRED) -> Any:
+    """A positive integer of the config; ``default`` when it has none. Raises :class:`UnsupportedCheckpoint` naming the key."""
+    value = config.get(key)
+    if value is None and default is not _REQUIRED:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UnsupportedCheckpoint(f"{key}: expected a positive integer, got {value!r:.80}", where)
+    return value
+
+
+def _experts(config: Mapping[str, Any], number: Callable[..., Any]) -> dict[str, int] | None:
     """The mixture of experts; None without one."""
     if not config.get("num_experts"):
         return None
-    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
-    return {key: config.get(key) or 0 for key in keys}
+    shared = "shared_expert_intermediate_size"  # 0, like None, says that there is none
+    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    return {key: number(key) for key in keys} | {shared: number(shared) if config.get(shared) else 0}
 
 
 def _capabilities(template: str | None) -> list[str] | None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helexa_engine import LLM, SamplingParams
+from helexa_engine.cli.info import describe, report
 from helexa_engine.errors import (
     EngineDied,
     HelexaError,
@@ -198,8 +199,7 @@ def test_a_dropped_key_is_named(base: Specimen, tmp_path: Path) -> None:
 
 
 NONSENSE: list[Any] = [
-    0, 1, 3, -1, 7, 64, 2**31 - 1, 2**31, 2**40, 2**63, 0.0, -1.0, 0.5, 1e30, float("nan"), float("inf"), True, False, "",
-    "7", "nonsense", [], [1, 2], [0] * 5, ["a"], [[1], [2]],
+    0, 1, 3, -1, 2**31, 2**63, 0.5, 1e30, float("nan"), float("inf"), True, "", "7", [], [1, 2], [0] * 5, ["a"], [[1], [2]],
 ]  # fmt: skip
 
 
@@ -207,10 +207,11 @@ def attempt(path: Path, seconds: float = 10.0) -> str | None:
     """The error that a checkpoint gives, or None when it runs; anything but an error of ours fails the test."""
     started = time.perf_counter()
     error = None
-    try:
-        run(path)
-    except EXPECTED as caught:
-        error = caught.message
+    for look in (lambda: report(describe(str(path))), lambda: run(path)):
+        try:
+            look()
+        except EXPECTED as caught:
+            error = caught.message
     assert time.perf_counter() - started < seconds
     return error
 
