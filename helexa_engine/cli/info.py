@@ -58,7 +58,7 @@ def describe(model: str) -> dict[str, Any]:
             "layers": number("num_hidden_layers"),
             "delta_net_layers": _count_delta_nets(checkpoint),
             "hidden_size": hidden,
-            "intermediate_size": number("intermediate_size") if config.get("intermediate_size") else None,
+            "intermediate_size": _optional(config, number, "intermediate_size"),
             "experts": _experts(config, number),
             "attention_heads": heads,
             "kv_heads": number("num_key_value_heads", heads),
@@ -91,13 +91,18 @@ def _integer(config: Mapping[str, Any], where: str, key: str, default: Any = _RE
     return value
 
 
+def _optional(config: Mapping[str, Any], number: Callable[..., Any], key: str) -> Any:
+    """As :func:`_integer`; None when the config says 0 or nothing."""
+    return None if isinstance(config.get(key), int) and config[key] == 0 else number(key, None)
+
+
 def _experts(config: Mapping[str, Any], number: Callable[..., Any]) -> dict[str, int] | None:
     """The mixture of experts; None without one."""
-    if not config.get("num_experts"):
+    if _optional(config, number, "num_experts") is None:
         return None
-    shared = "shared_expert_intermediate_size"  # 0, like None, says that there is none
-    keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-    return {key: number(key) for key in keys} | {shared: number(shared) if config.get(shared) else 0}
+    facts = {key: number(key) for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")}
+    shared = "shared_expert_intermediate_size"
+    return facts | {shared: _optional(config, number, shared) or 0}
 
 
 def _capabilities(template: str | None) -> list[str] | None:

@@ -35,6 +35,9 @@ def complete(source: str, *words: str) -> set[str]:
         (["helexa", "run", "--kv-dtype", ""], {"auto", "float32", "float16"}),
         (["helexa", "completion", ""], {*SCRIPTS, "-h", "--help"}),
         (["helexa", "doctor", "--temp"], set()),
+        (["helexa", "rm", "--y"], {"--yes"}),
+        (["helexa", "list", "--"], {"--help", "--json"}),
+        (["helexa", "pu"], {"pull"}),
     ],
 )
 def test_bash_offers_commands_flags_and_choices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from helexa_engine import LLM, SamplingParams, env
 from helexa_engine.cli import downloads, main
+from helexa_engine.config import EngineConfig
 from helexa_engine.presets import write_preset_gguf
 from helexa_engine.testing.checkpoints import write_qwen3_folder
 from helexa_engine.weights import hub_download
@@ -195,6 +197,24 @@ def test_a_model_is_called_by_its_id_and_answers_as_the_folder_does(server: HubS
     assert ("downloading model.safetensors", 1.0) in stages
     with LLM(folder, max_model_len=128) as llm:
         assert llm.generate("Hello", greedy).token_ids == tokens
+
+
+def test_the_server_takes_an_id_and_says_how_far_the_download_is(server: HubServer) -> None:
+    from helexa_server.app import load_engine
+    from helexa_server.served_model import model_name
+
+    stages: list[str] = []
+
+    async def load() -> str:
+        engine = await load_engine(
+            "org/m-GGUF:Q8_0", EngineConfig(max_model_len=128), lambda stage, share: stages.append(stage)
+        )
+        name: str = engine.model_info.name
+        await engine.aclose()
+        return name
+
+    assert asyncio.run(load()) == model_name("org/m-GGUF:Q8_0") == "org/m-GGUF:Q8_0"
+    assert "downloading m-Q8_0.gguf" in stages
 
 
 def test_lines_where_there_is_no_terminal(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

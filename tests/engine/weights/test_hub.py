@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -321,6 +322,14 @@ def test_contents_that_are_not_the_hubs_are_refused(server: HubServer) -> None:
     with pytest.raises(DownloadFailed, match="m-Q8_0.gguf: its SHA-256 is not what the hub states"):
         get("org/m:Q8_0")
     assert not list(env.hub_cache().rglob("blobs/*"))
+
+
+def test_two_who_want_the_same_file_download_it_once(server: HubServer) -> None:
+    server.repos["org/m"] = repo("m-Q8_0.gguf")
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(get, ["org/m:Q8_0"] * 4))
+    assert set(paths) == {get("org/m")} and paths[0].read_bytes() == gguf("m-Q8_0.gguf")
+    assert server.sent["m-Q8_0.gguf"] == len(gguf("m-Q8_0.gguf"))
 
 
 def test_a_hub_that_is_busy_for_a_moment_is_asked_again(server: HubServer) -> None:
