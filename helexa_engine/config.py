@@ -47,6 +47,10 @@ class EngineConfig:
         "auto", "storage type of unquantised weights; auto keeps what the file has"
     )
     quant: str | None = knob(None, "quantise the weights while loading: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS ...")
+    quant_cache: bool = knob(
+        True, "keep weights quantised while loading on disk (HELEXA_CACHE), so that the next load maps them"
+    )
+    quant_cache_limit: str = knob("100GiB", "size of that cache; the least recently used models make room")
     kv_dtype: Literal["auto", "float32", "float16"] = knob(
         "auto", "storage type of keys and values; auto is float32 for float32 weights, else float16"
     )

@@ -61,6 +61,15 @@ def config_file() -> Path | None:
     return Path(value) if value else None
 
 
+def cache_folder() -> Path:
+    """``HELEXA_CACHE``: where files go that can be made again. Default: ``$XDG_CACHE_HOME/helexa``, else ``~/.cache/helexa``."""
+    value = _get("CACHE")
+    if value:
+        return Path(value).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored unless absolute, says the XDG specification
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "helexa"
+
+
 def api_key() -> str | None:
     """``HELEXA_API_KEY``: the key clients must send; read here so that it never stands on a command line."""
     return _get("API_KEY")

@@ -84,6 +84,16 @@ def examine() -> Iterator[Finding]:
     of_all = "" if total is None else f" of {total / 2**30:.1f} GiB"
     yield Finding("ok", "memory", f"{available_bytes() / 2**30:.1f} GiB{of_all} free for models")
     yield from _demo()
+    yield from _quantised_models()
+
+
+def _quantised_models() -> Iterator[Finding]:
+    """What quantising on loading has left on the disk."""
+    folder = env.cache_folder() / "quantized"
+    sizes = [path.stat().st_size for path in folder.glob("*.gguf")]
+    yield Finding(
+        "ok", "quantised", f"{len(sizes)} model(s), {sum(sizes) / 1e9:.1f} GB in {folder}; delete what you do not need"
+    )
 
 
 def _packages() -> Iterator[Finding]:

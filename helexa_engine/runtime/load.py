@@ -25,6 +25,7 @@ from ..weights import hub
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import expert_names, required_bytes
 from ..weights.loader import load as load_weights
+from . import quant_cache
 from .engine import LOGITS_ROWS, Engine, EngineRequest
 from .engine_thread import EngineThread
 from .memory import MemoryPlan, available_bytes, plan
@@ -151,11 +152,12 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         log.info("%s: %s", path.name, memory)
         processor = _request_processor(checkpoint, model_config.vocab_size)
         net = build(model_config, memory.max_model_len)
+        cached = _cached(checkpoint, config, _name(model, path), report)
         load_weights(
             net,
-            checkpoint,
+            cached or checkpoint,
             dtype=config.dtype,
-            quant=config.quant,
+            quant=None if cached else config.quant,
             mmap_experts=config.mmap_experts,
             progress=report,
         )
@@ -172,6 +174,19 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     )
     report("ready", 1.0)
     return LoadedModel(engine, processor, info)
+
+
+def _cached(checkpoint: Checkpoint, config: EngineConfig, name: str, report: Progress) -> Checkpoint | None:
+    """The checkpoint quantised as ``config`` says, from the disk; None where it asks for nothing of the kind."""
+    if config.quant is None or not config.quant_cache or not quant_cache.can_hold(checkpoint):
+        return None
+    return quant_cache.open_quantized(
+        checkpoint.path,
+        config.quant,
+        name=name,
+        limit=quant_cache.limit_bytes(config.quant_cache_limit),
+        progress=lambda share: report("quantising", share),
+    )
 
 
 def _request_processor(checkpoint: Checkpoint, vocab_size: int) -> RequestProcessor:

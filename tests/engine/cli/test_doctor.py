@@ -22,7 +22,7 @@ def findings() -> dict[str, doctor.Finding]:
 def test_the_report_covers_what_models_need(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor"])
     out = capsys.readouterr().out
-    for subject in ("python", "packages", "torch", "processor", "native core", "memory", "demo model"):
+    for subject in ("python", "packages", "torch", "processor", "native core", "memory", "demo model", "quantised"):
         assert subject in out
     assert code == (1 if re.search(r"^missing", out.replace(" ", ""), re.MULTILINE) else 0)
 

@@ -1,0 +1,171 @@
+"""Models quantised on loading, kept on disk: the second load maps a file instead of quantising again.
+
+One GGUF file a model and mix under ``<cache>/quantized`` (``$HELEXA_CACHE``, else ``$XDG_CACHE_HOME/helexa``, else
+``~/.cache/helexa``), with a record beside it of what was written. They may be deleted at any time; the least recently used go when
+the folder outgrows its limit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import config, env
+from ..errors import HelexaError, InvalidRequest, ModelDoesNotFit, UnsupportedCheckpoint
+from ..version import __version__
+from ..weights.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
+from ..weights.gguf import GGUFFile
+from .quantize_model import quantize_model
+
+log = logging.getLogger(__name__)
+
+_LAYOUT = 1  # of key and record; a change makes old entries strangers
+_SOURCE_FILES = (".json", ".safetensors", ".jinja")
+_HEAD_BYTES = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+def folder() -> Path:
+    """Where the files are."""
+    return env.cache_folder() / "quantized"
+
+
+def limit_bytes(text: str) -> int:
+    """A size such as ``100GiB``. Raises :class:`InvalidRequest`."""
+    try:
+        size = config.byte_size(text)
+    except ValueError:
+        raise InvalidRequest("quant_cache_limit", f"expected a size such as 100GiB, got {text!r}") from None
+    if size < 0:
+        raise InvalidRequest("quant_cache_limit", f"expected a size not below zero, got {text!r}")
+    return size
+
+
+def open_quantized(
+    source: Path, quant: str, *, name: str, limit: int, progress: Callable[[float], None] | None = None
+) -> Checkpoint | None:
+    """``source`` in the mix ``quant``, from the cache, where it is put first if it is not there.
+
+    A file that is not what was written, cut short or changed, is made again. Callers in several processes wait for the one that
+    makes it.
+
+    Args:
+        name: what the model is called in the file.
+        limit: bytes that all files together may have; others than this one are deleted to keep it.
+
+    Returns:
+        None where the cache cannot hold it, which is logged with the reason.
+    """
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[-80:]}-{quant.upper()}-{_key(source, quant)}"
+        path = folder() / f"{stem}.gguf"
+        with _locked(path.with_suffix(".lock")):
+            return _found(path) or _made(path, source, quant, name, limit, progress)
+    except (OSError, ModelDoesNotFit, UnsupportedCheckpoint) as error:
+        log.warning("%s in %s is not cached, so every load quantises again: %s", name, quant, error)
+        return None
+
+
+def _made(
+    path: Path, source: Path, quant: str, name: str, limit: int, progress: Callable[[float], None] | None
+) -> Checkpoint:
+    quantize_model(source, path, quant, name=name, progress=progress)
+    record = path.with_suffix(".json")
+    partial = record.with_suffix(".json.partial")
+    partial.write_text(json.dumps(_facts(path)), encoding="utf-8")
+    os.replace(partial, record)
+    checkpoint = open_checkpoint(path)
+    _evict(path, limit)
+    return checkpoint
+
+
+def _found(path: Path) -> Checkpoint | None:
+    """The entry if it is whole; a broken one is deleted, with a line in the log."""
+    record = path.with_suffix(".json")
+    if not path.exists():
+        return None
+    try:
+        if json.loads(record.read_text(encoding="utf-8")) != _facts(path):
+            raise UnsupportedCheckpoint("it is not what was written", str(path))
+        checkpoint = open_checkpoint(path)
+    except (OSError, ValueError, HelexaError) as error:
+        log.warning("the cached %s is damaged and is made again: %s", path.name, error)
+        path.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+        return None
+    os.utime(record)  # when it was last used
+    return checkpoint
+
+
+def _facts(path: Path) -> dict[str, int]:
+    """What tells a file from another or a damaged one: size, time of writing, checksum of head, tail and samples between."""
+    status = path.stat()
+    checksum = 0
+    with path.open("rb") as file:
+        for i in range(_SAMPLES + 1):
+            file.seek(max(0, status.st_size - _SAMPLE_BYTES) * i // _SAMPLES)
+            checksum = zlib.crc32(file.read(_SAMPLE_BYTES), checksum)
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "checksum": checksum}
+
+
+def _key(source: Path, quant: str) -> str:
+    """Of the source's content, as far as names, sizes, times and beginnings tell it, the mix and this version of helexa."""
+    if source.is_dir():
+        paths = sorted(p for p in source.iterdir() if p.suffix in _SOURCE_FILES and p.is_file())
+    else:
+        paths = GGUFFile(source).paths
+    files: list[Any] = []
+    for path in paths:
+        status = path.stat()
+        with path.open("rb") as file:
+            head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
+        files.append([path.name, status.st_size, status.st_mtime_ns, head])
+    identity = json.dumps([_LAYOUT, __version__, quant.upper(), files])
+    return hashlib.sha256(identity.encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that quantises %s", path.stem)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing gives the lock back; the empty file stays, for deleting it would let two hold the lock
+
+
+def _evict(kept: Path, limit: int) -> None:
+    """Deletes the least recently used entries but ``kept`` until all together fit ``limit``."""
+    entries = []
+    for path in folder().glob("*.gguf"):
+        record = path.with_suffix(".json")
+        used = record if record.exists() else path
+        entries.append((used.stat().st_mtime_ns, path, path.stat().st_size))
+    total = sum(size for _, _, size in entries)
+    for _, path, size in sorted(entries):
+        if total <= limit:
+            return
+        if path == kept:
+            continue
+        log.info("deleting %s from the cache, which is limited to %.1f GB", path.name, limit / 1e9)
+        path.unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        total -= size
+
+
+def can_hold(checkpoint: Checkpoint) -> bool:
+    """Whether quantising to a file gives what quantising on loading gives: not so where some matrices are quantised already."""
+    return not (
+        isinstance(checkpoint, GGUFCheckpoint) and any(raw.quant_type.is_quantised for raw in checkpoint.tensors)
+    )
