@@ -593,10 +593,7 @@ double float_rate_loop(int64_t turns) {
 float read_loop(const float* data, int64_t n) {
   F sum[4] = {Lanes::zero(), Lanes::zero(), Lanes::zero(), Lanes::zero()};
   for (int64_t i = 0; i + 64 <= n; i += 64) {
-    __builtin_prefetch(data + i + 1024);
-    __builtin_prefetch(data + i + 1040);
-    __builtin_prefetch(data + i + 1056);
-    __builtin_prefetch(data + i + 1072);
+    prefetch(reinterpret_cast<const uint8_t*>(data + i), 256);  // as the kernels do, so that this is their limit
     for (int j = 0; j < 4; ++j) sum[j] = Lanes::add(sum[j], Lanes::load(data + i + 16 * j));
   }
   float out[kLanes];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .reference import Activation
 
 _native = require_native()
+_rows_of = operator.attrgetter("rows")
 
 
 def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> Any:
@@ -41,16 +43,18 @@ def quant_matmul(
     """See :func:`helexa_engine.ops.quant_matmul.reference.quant_matmul`. ``parts`` is a list of ``_native.PackedMatrix``."""
     if x.dtype != torch.float32 or not x.is_contiguous() or x.dim() != 2:
         raise ValueError(f"quant_matmul: x: expected contiguous float32 [T, K], got {x.dtype} {tuple(x.shape)}")
-    num_rows = x.shape[0]
-    width = sum(part.rows for part in parts) // (2 if activation else 1)
+    num_rows, cols = x.shape
+    width = sum(map(_rows_of, parts))
+    if activation:
+        width //= 2
     target = residual if residual is not None else out
     if target is None:
         target = torch.empty((num_rows, width), dtype=torch.float32)
-    elif target.dtype != torch.float32 or tuple(target.shape) != (num_rows, width) or not target.is_contiguous():
+    elif target.dtype != torch.float32 or target.shape != (num_rows, width) or not target.is_contiguous():
         raise ValueError(
             f"quant_matmul: output: expected contiguous float32 {(num_rows, width)}, got {target.dtype} {tuple(target.shape)}"
         )
-    if x.shape[1] != parts[0].cols:
+    if cols != parts[0].cols:
         raise ValueError(f"quant_matmul: x: expected [T, {parts[0].cols}], got {tuple(x.shape)}")
     _native.quant_matmul(
         parts,
