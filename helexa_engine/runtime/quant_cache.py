@@ -7,6 +7,7 @@ the folder outgrows its limit.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import config, env
-from ..errors import HelexaError, InvalidRequest, ModelDoesNotFit, UnsupportedCheckpoint
+from ..errors import InvalidRequest, ModelDoesNotFit, ModelNotFound, UnsupportedCheckpoint
 from ..version import __version__
 from ..weights.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
 from ..weights.gguf import GGUFFile
@@ -28,7 +29,7 @@ from .quantize_model import quantize_model
 
 log = logging.getLogger(__name__)
 
-_LAYOUT = 1  # of key and record; a change makes old entries strangers
+_LAYOUT = 2  # of key and record; a change makes old entries strangers
 _SOURCE_FILES = (".json", ".safetensors", ".jinja")
 _HEAD_BYTES = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
@@ -56,7 +57,7 @@ def open_quantized(
     """``source`` in the mix ``quant``, from the cache, where it is put first if it is not there.
 
     A file that is not what was written, cut short or changed, is made again. Callers in several processes wait for the one that
-    makes it.
+    makes it. Where the folder cannot be written to, what is in it is used.
 
     Args:
         name: what the model is called in the file.
@@ -66,12 +67,22 @@ def open_quantized(
         None where the cache cannot hold it, which is logged with the reason.
     """
     try:
-        folder().mkdir(parents=True, exist_ok=True)
         stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[-80:]}-{quant.upper()}-{_key(source, quant)}"
         path = folder() / f"{stem}.gguf"
+        if _damage(path) is None:
+            return _opened(path)
+        folder().mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            return _found(path) or _made(path, source, quant, name, limit, progress)
-    except (OSError, ModelDoesNotFit, UnsupportedCheckpoint) as error:
+            damage = _damage(path)  # another process may have made it meanwhile
+            if damage is None:
+                return _opened(path)
+            if damage:
+                log.warning("the cached %s is damaged and is made again: %s", path.name, damage)
+                _delete(path)
+            _sweep()
+            return _made(path, source, quant, name, limit, progress)
+    except (OSError, RuntimeError, ModelNotFound, ModelDoesNotFit, UnsupportedCheckpoint) as error:
+        # RuntimeError: there is no home folder. ModelNotFound: evicted as it was opened.
         log.warning("%s in %s is not cached, so every load quantises again: %s", name, quant, error)
         return None
 
@@ -82,29 +93,38 @@ def _made(
     quantize_model(source, path, quant, name=name, progress=progress)
     record = path.with_suffix(".json")
     partial = record.with_suffix(".json.partial")
-    partial.write_text(json.dumps(_facts(path)), encoding="utf-8")
-    os.replace(partial, record)
+    try:
+        partial.write_text(json.dumps(_facts(path)), encoding="utf-8")
+        os.replace(partial, record)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        _delete(path)
+        raise
     checkpoint = open_checkpoint(path)
     _evict(path, limit)
     return checkpoint
 
 
-def _found(path: Path) -> Checkpoint | None:
-    """The entry if it is whole; a broken one is deleted, with a line in the log."""
-    record = path.with_suffix(".json")
+def _damage(path: Path) -> str | None:
+    """None when the entry is what was written, else what is wrong with it; empty when there is none."""
     if not path.exists():
-        return None
+        return ""
     try:
-        if json.loads(record.read_text(encoding="utf-8")) != _facts(path):
-            raise UnsupportedCheckpoint("it is not what was written", str(path))
-        checkpoint = open_checkpoint(path)
-    except (OSError, ValueError, HelexaError) as error:
-        log.warning("the cached %s is damaged and is made again: %s", path.name, error)
-        path.unlink(missing_ok=True)
-        record.unlink(missing_ok=True)
-        return None
-    os.utime(record)  # when it was last used
-    return checkpoint
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return None if record == _facts(path) else "it is not what was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _opened(path: Path) -> Checkpoint:
+    with contextlib.suppress(OSError):  # of somebody else, or on a read-only disk
+        os.utime(path.with_suffix(".json"))  # when it was last used
+    return open_checkpoint(path)
+
+
+def _delete(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _facts(path: Path) -> dict[str, int]:
@@ -119,17 +139,16 @@ def _facts(path: Path) -> dict[str, int]:
 
 
 def _key(source: Path, quant: str) -> str:
-    """Of the source's content, as far as names, sizes, times and beginnings tell it, the mix and this version of helexa."""
+    """Of the source's content, as far as names, sizes, times, beginnings and samples tell it, the mix and this version of helexa."""
     if source.is_dir():
         paths = sorted(p for p in source.iterdir() if p.suffix in _SOURCE_FILES and p.is_file())
     else:
         paths = GGUFFile(source).paths
     files: list[Any] = []
     for path in paths:
-        status = path.stat()
         with path.open("rb") as file:
             head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
-        files.append([path.name, status.st_size, status.st_mtime_ns, head])
+        files.append([path.name, head, _facts(path)])
     identity = json.dumps([_LAYOUT, __version__, quant.upper(), files])
     return hashlib.sha256(identity.encode()).hexdigest()[:24]
 
@@ -143,6 +162,15 @@ def _locked(path: Path) -> Iterator[None]:
             log.info("waiting for another process that quantises %s", path.stem)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing gives the lock back; the empty file stays, for deleting it would let two hold the lock
+
+
+def _sweep() -> None:
+    """Deletes what processes left behind that were killed while they wrote."""
+    for partial in folder().glob("*.partial"):
+        lock = partial.with_name(partial.name.removesuffix(".partial")).with_suffix(".lock")
+        with lock.open("a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink(missing_ok=True)
 
 
 def _evict(kept: Path, limit: int) -> None:
@@ -159,8 +187,7 @@ def _evict(kept: Path, limit: int) -> None:
         if path == kept:
             continue
         log.info("deleting %s from the cache, which is limited to %.1f GB", path.name, limit / 1e9)
-        path.unlink(missing_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
+        _delete(path)
         total -= size
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Iterator
@@ -79,6 +81,19 @@ def test_the_key_tells_sources_and_mixes_apart(hybrid: Path, tmp_path: Path, mad
     status = (copy / "model.safetensors").stat()
     os.utime(copy / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert entry(copy) != before, "weights of another time"
+    weights = copy / "model.safetensors"
+    for at in (0, weights.stat().st_size // 2, -1):
+        before, status = entry(copy), weights.stat()
+        content = bytearray(weights.read_bytes())
+        content[at] ^= 1
+        found = quant_cache._key(copy, "Q8_0")
+        weights.write_bytes(content)
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert quant_cache._key(copy, "Q8_0") != found, "of the same size and time"
+        content[at] ^= 1
+        weights.write_bytes(content)
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert entry(copy) == before
     before = entry(copy)
     (copy / "README.md").write_text("not part of the model")
     count = len(made)
@@ -145,6 +160,59 @@ def test_without_room_it_quantises_in_memory_and_says_so(
     shutil.rmtree(cache)
     cache.write_text("a file where the folder should be")
     assert entry(hybrid) is None
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    hybrid: Path, cache: Path, made: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit on the size of files breaks a write in the middle, as a disk does that another program fills."""
+    kept = entry(hybrid, "Q8_0")
+    expected = answer(hybrid, quant_cache=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with caplog.at_level(logging.WARNING):
+            got = answer(hybrid)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert got == expected
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "my model in Q4_K_M is not cached, so every load quantises again: [Errno 27] File too large"
+    ]
+    assert kept is not None and sorted(p.suffix for p in cache.iterdir()) == [".gguf", ".json", ".lock", ".lock"]
+    assert entry(hybrid, "Q8_0") == kept and made.count(kept) == 1
+
+
+def test_an_entry_is_used_where_nothing_can_be_written(
+    hybrid: Path, cache: Path, made: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = entry(hybrid)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(quant_cache.os, "utime", refused)
+    monkeypatch.setattr(quant_cache, "_locked", refused)
+    with caplog.at_level(logging.WARNING):
+        assert entry(hybrid) == path
+        assert not caplog.records
+        assert entry(hybrid, "Q4_0") is None
+    assert [r.getMessage() for r in caplog.records] == [
+        "my model in Q4_0 is not cached, so every load quantises again: [Errno 13] Permission denied"
+    ]
+    assert made == [path]
+
+
+def test_what_a_killed_process_left_is_swept(hybrid: Path, cache: Path) -> None:
+    cache.mkdir(parents=True)
+    dead, living = cache / "dead-Q8_0-1.gguf.partial", cache / "living-Q8_0-2.gguf.partial"
+    dead.write_bytes(b"half")
+    living.write_bytes(b"half")
+    with quant_cache._locked(cache / "living-Q8_0-2.lock"):
+        entry(hybrid)
+        assert living.exists() and not dead.exists()
+    entry(hybrid, "Q4_0")
+    assert not living.exists()
 
 
 def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
