@@ -1,16 +1,15 @@
 """What a loaded model takes of the machine: at most the file, 15 % and the KV pages that were announced.
 
-Counted is what the process holds (VmRSS) after loading, less what it held with torch imported and less torch's own code, of which
-the kernel maps as much as it likes around each page that is used, whatever the file. The rest of helexa and of its libraries
-counts as the file's. Measured in a fresh process on a file with the
-shape of Qwen3-0.6B, its whole vocabulary, and fewer layers.
+Counted is all that the process holds (VmRSS) after loading, less what it held with torch imported; helexa's and its libraries' own
+code and tables, about 40 MB, count as the file's. Measured in a fresh process on the smallest file people have: Qwen3-0.6B's shape in
+Q4_K_M.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import mixes
 
 MB = 10**6
-SHAPE = dataclasses.replace(presets.preset("qwen3-0.6b"), num_hidden_layers=8)
+PRESET = "qwen3-0.6b"
 MIX = mixes.MIXES["Q4_K_M"]
 
 PROGRAM = """
@@ -32,23 +31,14 @@ import torch
 def status(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-def torch_code():
-    total, counted = 0, False
-    for line in open("/proc/self/smaps"):
-        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
-            counted = "/torch/lib/" in line
-        elif counted and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
-
-seen = {"before": status("VmRSS") - torch_code()}
+seen = {"before": status("VmRSS")}
 from helexa_engine import LLM, SamplingParams
 llm = LLM(sys.argv[1], max_model_len=1024, max_num_seqs=1, max_num_batched_tokens=128)
-seen |= {"loaded": status("VmRSS") - torch_code(), "peak": status("VmHWM") - torch_code()}
+seen |= {"loaded": status("VmRSS"), "peak": status("VmHWM")}
 seen |= {"kv": llm.model_info.kv_bytes, "weights": llm.model_info.weight_bytes}
 seen["used"] = []
-for _ in range(5):
-    llm.generate(list(range(300)), SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+for _ in range(8):
+    llm.generate(list(range(140)), SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
     seen["used"].append(status("VmRSS"))
 print(json.dumps(seen))
 """
@@ -56,10 +46,8 @@ print(json.dumps(seen))
 
 @pytest.fixture(scope="module")
 def preset_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("preset") / f"cut-{MIX.name}.gguf"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(presets.PRESETS, "cut", SHAPE)
-        presets.write_preset_gguf(path, "cut", MIX.name)
+    path = tmp_path_factory.mktemp("preset") / f"{PRESET}-{MIX.name}.gguf"
+    presets.write_preset_gguf(path, PRESET, MIX.name)
     return path
 
 
@@ -75,9 +63,8 @@ def test_a_loaded_file_takes_its_size_and_little_more(preset_file: Path) -> None
     assert seen["weights"] + seen["kv"] < grown, "less than what it must hold: this did not measure the load"
     assert grown <= 1.15 * size + seen["kv"]
     # On the way no more than one tensor stands beside its packed form, and its pages are the file's own.
-    largest = max(tensor.nbytes for tensor in presets.tensors(SHAPE, MIX))
+    largest = max(tensor.nbytes for tensor in presets.tensors(presets.preset(PRESET), MIX))
     assert seen["peak"] - seen["before"] <= 1.15 * size + seen["kv"] + largest
-    # Work takes its workspace once. A leak grows with every use; allocators and huge pages fill up in a few steps, so one use
-    # that adds nothing is what tells them apart.
+    # Work takes its workspace once. A leak grows with every use; allocators fill, trim and fill again now and then, by megabytes.
     growths = [after - before for before, after in itertools.pairwise(seen["used"])]
-    assert min(growths) < MB // 4, growths
+    assert statistics.median(growths) < MB // 16, growths
