@@ -14,6 +14,12 @@ namespace helexa {
   throw std::invalid_argument(std::string(function) + ": " + argument + ": expected " + expected + ", got " + got);
 }
 
+// The same for one element of an argument.
+[[noreturn]] inline void fail_at(const char* function, const std::string& argument, int64_t index,
+                                 const std::string& expected, int64_t got) {
+  fail(function, (argument + "[" + std::to_string(index) + "]").c_str(), expected, std::to_string(got));
+}
+
 inline void check(bool holds, const char* function, const char* argument, const char* expected, int64_t got) {
   if (!holds) fail(function, argument, expected, std::to_string(got));
 }

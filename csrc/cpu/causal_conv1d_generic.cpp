@@ -1,8 +1,6 @@
 // Portable level of causal_conv1d.
-#include <cmath>
-#include <cstring>
-
 #include "causal_conv1d.h"
+#include "half.h"
 
 namespace helexa {
 namespace {

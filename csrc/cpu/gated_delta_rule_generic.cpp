@@ -1,8 +1,6 @@
 // Portable level of gated_delta_rule.
-#include <cmath>
-#include <cstring>
-
 #include "gated_delta_rule.h"
+#include "half.h"
 
 namespace helexa {
 namespace {

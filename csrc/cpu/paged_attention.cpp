@@ -2,25 +2,18 @@
 #include "paged_attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "cpu_features.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace helexa {
 namespace {
 
 constexpr const char* kName = "paged_attention";
-
-void check_at(bool holds, const char* argument, int64_t index, const std::string& expected, int64_t got) {
-  if (!holds)
-    fail(kName, (std::string(argument) + "[" + std::to_string(index) + "]").c_str(), expected, std::to_string(got));
-}
 
 // Everything that is used as an index, before it is: a wrong page would read or overwrite another sequence's memory.
 void check_arguments(const PagedAttention& p) {
@@ -33,33 +26,35 @@ void check_arguments(const PagedAttention& p) {
   check(p.num_heads / p.num_kv_heads <= kAttentionTileRows, kName, "num_heads", "at most 48 a key-value head",
         p.num_heads);
   if (p.num_sequences == 0 && p.num_tokens == 0) return;
-  check_at(p.cu_seqlens[0] == 0, "cu_seqlens", 0, "0", p.cu_seqlens[0]);
+  if (p.cu_seqlens[0] != 0) fail_at(kName, "cu_seqlens", 0, "0", p.cu_seqlens[0]);
   for (int64_t i = 0; i < p.num_sequences; ++i) {
     const int64_t begin = p.cu_seqlens[i], end = p.cu_seqlens[i + 1], length = p.seq_lens[i];
-    check_at(begin <= end && end <= p.num_tokens, "cu_seqlens", i + 1,
-             std::to_string(begin) + " to " + std::to_string(p.num_tokens), end);
-    check_at(end - begin <= length, "seq_lens", i, "at least its " + std::to_string(end - begin) + " new tokens",
-             length);
+    if (end < begin || end > p.num_tokens)
+      fail_at(kName, "cu_seqlens", i + 1, std::to_string(begin) + " to " + std::to_string(p.num_tokens), end);
+    if (length < end - begin)
+      fail_at(kName, "seq_lens", i, "at least its " + std::to_string(end - begin) + " new tokens", length);
     const int64_t pages = (length + kPageSize - 1) / kPageSize;
-    check_at(pages <= p.pages_per_sequence, "seq_lens", i,
-             "at most what " + std::to_string(p.pages_per_sequence) + " pages hold", length);
+    if (pages > p.pages_per_sequence)
+      fail_at(kName, "seq_lens", i, "at most what " + std::to_string(p.pages_per_sequence) + " pages hold", length);
     const int32_t* table = p.page_tables + i * p.pages_per_sequence;
     for (int64_t j = 0; j < pages; ++j) {
-      check_at(table[j] >= 0 && table[j] < p.num_pages, ("page_tables[" + std::to_string(i) + "]").c_str(), j,
-               "a page below " + std::to_string(p.num_pages), table[j]);
+      if (table[j] < 0 || table[j] >= p.num_pages)
+        fail_at(kName, "page_tables[" + std::to_string(i) + "]", j, "a page below " + std::to_string(p.num_pages),
+                table[j]);
     }
     for (int64_t t = begin; t < end; ++t) {
       const int64_t position = length - (end - t);
-      check_at(p.positions[t] == position, "positions", t, std::to_string(position) + " (the end of its sequence)",
-               p.positions[t]);
-      check_at(position < p.max_positions, "positions", t, "below " + std::to_string(p.max_positions), position);
+      if (p.positions[t] != position)
+        fail_at(kName, "positions", t, std::to_string(position) + " (the end of its sequence)", p.positions[t]);
+      if (position >= p.max_positions)
+        fail_at(kName, "positions", t, "below " + std::to_string(p.max_positions), position);
       const int64_t slot = table[position / kPageSize] * int64_t(kPageSize) + position % kPageSize;
-      check_at(p.slot_mapping[t] == slot, "slot_mapping", t, std::to_string(slot) + " (from page_tables)",
-               p.slot_mapping[t]);
+      if (p.slot_mapping[t] != slot)
+        fail_at(kName, "slot_mapping", t, std::to_string(slot) + " (from page_tables)", p.slot_mapping[t]);
     }
   }
-  check_at(p.cu_seqlens[p.num_sequences] == p.num_tokens, "cu_seqlens", p.num_sequences, std::to_string(p.num_tokens),
-           p.cu_seqlens[p.num_sequences]);
+  if (p.cu_seqlens[p.num_sequences] != p.num_tokens)
+    fail_at(kName, "cu_seqlens", p.num_sequences, std::to_string(p.num_tokens), p.cu_seqlens[p.num_sequences]);
 }
 
 const AttentionKernels& kernels() {
@@ -74,20 +69,6 @@ const AttentionKernels& kernels() {
   }
 #endif
   return kAttentionGeneric;
-}
-
-// The calling thread's scratch memory; grows to the largest head, stays until the thread ends.
-float* scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<float[], Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory.reset(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
-    size = floats;
-  }
-  return memory.get();
 }
 
 }  // namespace
@@ -114,7 +95,7 @@ void paged_attention(const PagedAttention& args) {
     return args.positions[a.first_token] > args.positions[b.first_token];
   });
   parallel_for(int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end, int) {
-    float* memory = scratch(attention_scratch_floats(args.head_dim));
+    float* memory = thread_scratch(attention_scratch_floats(args.head_dim));
     for (int64_t i = begin; i < end; ++i) level.attend(args, tiles[i], memory);
   });
 }

@@ -1,133 +1,14 @@
-// Portable level of paged_attention: plain C++ that a compiler may vectorise for whatever it targets.
-#include <cmath>
-#include <cstring>
-
+// Portable level of paged_attention.
+#include "half.h"
 #include "paged_attention.h"
 
 namespace helexa {
 namespace {
 
-struct Half {
-  uint16_t bits;
-};
-
-float float_of_bits(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-uint32_t bits_of_float(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  return bits;
-}
-
-float float_of_half(Half h) {
-  const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, mantissa = h.bits & 0x3ff;
-  if (exponent == 31) return float_of_bits(sign | 0x7f800000u | mantissa << 13);
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
-  return float_of_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
-// Rounds to nearest, ties to even.
-Half half_of_float(float f) {
-  const uint32_t bits = bits_of_float(f), magnitude = bits & 0x7fffffffu;
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
-  if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u | (magnitude >> 13 & 0x3ff))};  // a quiet NaN
-  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};                             // 65520 and above
-  if (magnitude < 0x38800000u) {  // subnormal in half precision: the addition rounds at 2^-24
-    return {uint16_t(sign | uint16_t(bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u))};
-  }
-  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
-  return {uint16_t(sign | uint16_t((rounded - 0x38000000u) >> 13))};
-}
-
-struct Vec {
-  static constexpr int kWidth = 8;
-  float v[kWidth];
-
-  static Vec broadcast(float x) {
-    Vec a;
-    for (float& lane : a.v) lane = x;
-    return a;
-  }
-  static Vec load(const float* p) {
-    Vec a;
-    std::memcpy(a.v, p, sizeof a.v);
-    return a;
-  }
-  static Vec load(const Half* p) {
-    Vec a;
-    for (int i = 0; i < kWidth; ++i) a.v[i] = float_of_half(p[i]);
-    return a;
-  }
-  void store(float* p) const { std::memcpy(p, v, sizeof v); }
-  void store(Half* p) const {
-    for (int i = 0; i < kWidth; ++i) p[i] = half_of_float(v[i]);
-  }
-  float first() const { return v[0]; }
-
-  // out[i][j] = in[j][i] for 8 x 8 values.
-  template <class T>
-  static void transpose(const T* in, int64_t in_stride, float* out, int64_t out_stride) {
-    for (int j = 0; j < kWidth; ++j) {
-      const Vec row = load(in + j * in_stride);
-      for (int i = 0; i < kWidth; ++i) out[i * out_stride + j] = row.v[i];
-    }
-  }
-};
-
-constexpr int kColumns = 2;
-
-template <class Function>
-Vec each(Function function) {
-  Vec a;
-  for (int i = 0; i < Vec::kWidth; ++i) a.v[i] = function(i);
-  return a;
-}
-
-Vec operator+(Vec a, Vec b) {
-  return each([&](int i) { return a.v[i] + b.v[i]; });
-}
-Vec operator-(Vec a, Vec b) {
-  return each([&](int i) { return a.v[i] - b.v[i]; });
-}
-Vec operator*(Vec a, Vec b) {
-  return each([&](int i) { return a.v[i] * b.v[i]; });
-}
-Vec operator/(Vec a, Vec b) {
-  return each([&](int i) { return a.v[i] / b.v[i]; });
-}
-Vec multiply_add(Vec a, Vec b, Vec c) {
-  return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
-}
-Vec max(Vec a, Vec b) {
-  return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-}
-Vec round(Vec a) {
-  return each([&](int i) { return std::nearbyint(a.v[i]); });
-}
-// n in [-126, 127]; other n give any value.
-Vec scale_by_power_of_two(Vec a, Vec n) {
-  return each([&](int i) {
-    const float clamped = n.v[i] >= -126.0f && n.v[i] <= 127.0f ? n.v[i] : 0.0f;
-    return a.v[i] * float_of_bits(uint32_t(int32_t(clamped) + 127) << 23);
-  });
-}
-Vec zero_where_less(Vec x, Vec limit, Vec a) {
-  return each([&](int i) { return x.v[i] < limit.v[i] ? 0.0f : a.v[i]; });
-}
-Vec select_first(int n, Vec a, Vec b) {
-  return each([&](int i) { return i < n ? a.v[i] : b.v[i]; });
-}
-float reduce_max(Vec a) {
-  float m = a.v[0];
-  for (float lane : a.v) m = lane > m ? lane : m;
-  return m;
-}
-float reduce_add(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
-
+#include "vec_generic.h"
+//
+#include "vec_math.h"
+//
 #include "paged_attention_kernels.h"
 
 }  // namespace

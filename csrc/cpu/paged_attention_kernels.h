@@ -1,8 +1,6 @@
 // Body of one instruction-set level of paged_attention. Included inside an anonymous namespace by the file of each
-// level, after it has defined `Vec`: kWidth floats with the operations used below, and kColumns, the vectors of a
-// register block. No standard library here: an inline function compiled for a higher level must not reach the linker.
+// level, after vec_*.h and vec_math.h.
 
-constexpr int kRows = 6;       // query rows of a register block
 constexpr int kDotBlock = 32;  // a score is summed in blocks of this many dimensions: smaller rounding errors
 
 // Keys of a page, transposed and converted: out[d][key], for the first `vectors` vectors of keys.
@@ -19,102 +17,6 @@ void transpose_keys(const T* keys, int head_dim, int vectors, float* out) {
 template <class T>
 void convert(const T* in, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += Vec::kWidth) Vec::load(in + i).store(out + i);
-}
-
-// out[r][c] = out[r][c] * factor[r] + sum over k, in order, of a[r][k] * b[k][c], for kR rows and kC vectors of
-// columns; without factors the sum alone. The sum of one element never depends on kR or kC.
-template <int kR, int kC, class T>
-void multiply_block(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
-                    float* out, int64_t out_stride) {
-  Vec sum[kR][kC];
-  for (auto& row : sum) {
-    for (Vec& s : row) s = Vec::broadcast(0.0f);
-  }
-  for (int k = 0; k < k_end; ++k) {
-    Vec column[kC];
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) column[c] = Vec::load(b + k * b_stride + c * Vec::kWidth);
-#pragma GCC unroll 8
-    for (int r = 0; r < kR; ++r) {
-      const Vec row = Vec::broadcast(a[r * a_stride + k]);
-#pragma GCC unroll 8
-      for (int c = 0; c < kC; ++c) sum[r][c] = multiply_add(row, column[c], sum[r][c]);
-    }
-  }
-  for (int r = 0; r < kR; ++r) {
-    for (int c = 0; c < kC; ++c) {
-      float* place = out + r * out_stride + c * Vec::kWidth;
-      if (factor) sum[r][c] = multiply_add(Vec::load(place), Vec::broadcast(factor[r]), sum[r][c]);
-      sum[r][c].store(place);
-    }
-  }
-}
-
-template <int kR, class T>
-void multiply_rows(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
-                   float* out, int64_t out_stride, int vectors) {
-  int c = 0;
-  for (; c + kColumns <= vectors; c += kColumns) {
-    multiply_block<kR, kColumns>(a, a_stride, b + c * Vec::kWidth, b_stride, k_end, factor, out + c * Vec::kWidth,
-                                 out_stride);
-  }
-  for (; c < vectors; ++c) {
-    multiply_block<kR, 1>(a, a_stride, b + c * Vec::kWidth, b_stride, k_end, factor, out + c * Vec::kWidth, out_stride);
-  }
-}
-
-// out [rows, vectors * kWidth] = out * factor (or nothing) + a [rows, k_end] b [k_end, vectors * kWidth].
-template <class T>
-void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
-              float* out, int64_t out_stride, int rows, int vectors) {
-  for (int r = 0; r < rows; r += kRows) {
-    const float* a_rows = a + r * a_stride;
-    const float* factors = factor ? factor + r : nullptr;
-    float* out_rows = out + r * out_stride;
-    switch (rows - r) {
-      case 1:
-        multiply_rows<1>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
-        break;
-      case 2:
-        multiply_rows<2>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
-        break;
-      case 3:
-        multiply_rows<3>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
-        break;
-      case 4:
-        multiply_rows<4>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
-        break;
-      case 5:
-        multiply_rows<5>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
-        break;
-      default:
-        multiply_rows<kRows>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
-    }
-  }
-}
-
-// e^x for x <= 0, about 1 unit in the last place; 0 below -87, NaN for NaN. Cody and Waite's reduction, then Taylor's
-// polynomial on |r| <= ln(2) / 2.
-Vec exp_of_negative(Vec x) {
-  const Vec n = round(x * Vec::broadcast(1.44269504088896341f));
-  Vec r = multiply_add(n, Vec::broadcast(-0.693359375f), x);
-  r = multiply_add(n, Vec::broadcast(2.12194440e-4f), r);
-  Vec y = Vec::broadcast(1.0f / 5040);
-  y = multiply_add(y, r, Vec::broadcast(1.0f / 720));
-  y = multiply_add(y, r, Vec::broadcast(1.0f / 120));
-  y = multiply_add(y, r, Vec::broadcast(1.0f / 24));
-  y = multiply_add(y, r, Vec::broadcast(1.0f / 6));
-  y = multiply_add(y, r, Vec::broadcast(0.5f));
-  y = multiply_add(y, r, Vec::broadcast(1.0f));
-  y = multiply_add(y, r, Vec::broadcast(1.0f));
-  return zero_where_less(x, Vec::broadcast(-87.0f), scale_by_power_of_two(y, n));
-}
-
-// 1 / (1 + e^-x), from an exponential of a negative number on either side of 0; NaN for NaN.
-Vec sigmoid(Vec x) {
-  const Vec zero = Vec::broadcast(0.0f), one = Vec::broadcast(1.0f);
-  const Vec e = exp_of_negative(zero - max(x, zero - x));
-  return (e + zero_where_less(x, zero, one - e)) / (one + e);
 }
 
 // RMSNorm and rotation of one head (of its first rotary_dim dimensions), then a factor. Squares are summed in double so

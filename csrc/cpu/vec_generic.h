@@ -1,40 +1,8 @@
 // Eight floats in plain C++ that a compiler may vectorise for whatever it targets. Included inside an unnamed
-// namespace, after <cmath> and <cstring>.
+// namespace, after half.h.
 struct Half {
   uint16_t bits;
 };
-
-inline float float_of_bits(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-inline uint32_t bits_of_float(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  return bits;
-}
-
-inline float float_of_half(Half h) {
-  const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31, mantissa = h.bits & 0x3ff;
-  if (exponent == 31) return float_of_bits(sign | 0x7f800000u | mantissa << 13);
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-24f;
-  return float_of_bits(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
-// Rounds to nearest, ties to even.
-inline Half half_of_float(float f) {
-  const uint32_t bits = bits_of_float(f), magnitude = bits & 0x7fffffffu;
-  const uint16_t sign = uint16_t(bits >> 16 & 0x8000u);
-  if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u | (magnitude >> 13 & 0x3ff))};  // a quiet NaN
-  if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};                             // 65520 and above
-  if (magnitude < 0x38800000u) {  // subnormal in half precision: the addition rounds at 2^-24
-    return {uint16_t(sign | uint16_t(bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u))};
-  }
-  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
-  return {uint16_t(sign | uint16_t((rounded - 0x38000000u) >> 13))};
-}
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -49,17 +17,17 @@ struct Vec {
   }
   static Vec load(const float* p) {
     Vec a;
-    std::memcpy(a.v, p, sizeof a.v);
+    __builtin_memcpy(a.v, p, sizeof a.v);
     return a;
   }
   static Vec load(const Half* p) {
     Vec a;
-    for (int i = 0; i < kWidth; ++i) a.v[i] = float_of_half(p[i]);
+    for (int i = 0; i < kWidth; ++i) a.v[i] = float_from_half(p[i].bits);
     return a;
   }
-  void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  void store(float* p) const { __builtin_memcpy(p, v, sizeof v); }
   void store(Half* p) const {
-    for (int i = 0; i < kWidth; ++i) p[i] = half_of_float(v[i]);
+    for (int i = 0; i < kWidth; ++i) p[i].bits = half_from_float(v[i]);
   }
   float first() const { return v[0]; }
 
@@ -109,13 +77,13 @@ inline Vec min(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
 inline Vec round(Vec a) {
-  return each([&](int i) { return std::nearbyint(a.v[i]); });
+  return each([&](int i) { return __builtin_nearbyintf(a.v[i]); });
 }
 // n in [-126, 127]; other n give any value.
 inline Vec scale_by_power_of_two(Vec a, Vec n) {
   return each([&](int i) {
     const float clamped = n.v[i] >= -126.0f && n.v[i] <= 127.0f ? n.v[i] : 0.0f;
-    return a.v[i] * float_of_bits(uint32_t(int32_t(clamped) + 127) << 23);
+    return a.v[i] * float_from_bits(uint32_t(int32_t(clamped) + 127) << 23);
   });
 }
 inline Vec zero_where_less(Vec x, Vec limit, Vec a) {

@@ -27,6 +27,13 @@ inline Vec silu(Vec x) {
   return x / (one + exp_within_87(min(max(zero - x, zero - limit), limit)));
 }
 
+// 1 / (1 + e^-x), from an exponential of a negative number on either side of 0; NaN for NaN.
+inline Vec sigmoid(Vec x) {
+  const Vec zero = Vec::broadcast(0.0f), one = Vec::broadcast(1.0f);
+  const Vec e = exp_of_negative(zero - max(x, zero - x));
+  return (e + zero_where_less(x, zero, one - e)) / (one + e);
+}
+
 constexpr int kRows = 6;  // rows of a register block
 
 // out[r][c] = out[r][c] * factor[r] + sum over k, in order, of a[r][k] * b[k][c], for kR rows and kC vectors of
