@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Implementation:
         supports: whether it can run with these facts (shapes, types).
         computes_in: the dtype it multiplies in; the yardstick of its tests.
         needs_native: whether it lives in the compiled core.
+        needs_package: a Python package that it imports and that may be missing.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Implementation:
     supports: Callable[[Facts], bool] = field(default=lambda facts: True)
     computes_in: str = "float32"
     needs_native: bool = True
+    needs_package: str | None = None
 
     def why_not(self, device: str, facts: Facts) -> str | None:
         """None when it can run, else the reason."""
@@ -80,6 +83,8 @@ class Implementation:
             return f"it runs on {self.device}, not {device}"
         if self.needs_native and native_core() is None:
             return "the native core is not built"
+        if self.needs_package is not None and importlib.util.find_spec(self.needs_package) is None:
+            return f"the package {self.needs_package} is not installed"
         if not self.supports(facts):
             return f"it does not support {dict(facts)}"
         return None

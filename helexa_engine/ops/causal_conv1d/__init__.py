@@ -18,6 +18,9 @@ causal_conv1d = Op(
         "helexa_engine.ops.causal_conv1d.native",
         supports=lambda facts: 2 <= facts.get("kernel_size", 4) <= 8,
     ),
+    Implementation(
+        "triton", "cuda", "helexa_engine.ops.causal_conv1d.triton", needs_native=False, needs_package="triton"
+    ),
 )
 
 __all__ = ["causal_conv1d"]

@@ -19,6 +19,14 @@ gated_delta_rule = Op(
     "gated_delta_rule",
     "helexa_engine.ops.gated_delta_rule.reference",
     Implementation("native", "cpu", "helexa_engine.ops.gated_delta_rule.native", supports=_supports),
+    Implementation(
+        "triton",
+        "cuda",
+        "helexa_engine.ops.gated_delta_rule.triton",
+        supports=_supports,
+        needs_native=False,
+        needs_package="triton",
+    ),
 )
 
 __all__ = ["gated_delta_rule"]

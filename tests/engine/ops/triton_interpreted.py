@@ -1,0 +1,160 @@
+"""The Triton kernels on a CPU. Run by ``test_triton.py`` in a process of its own with ``TRITON_INTERPRET=1``: Triton looks at
+that when it is first imported, and other tests may import it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helexa_engine.ops.causal_conv1d import reference as conv_reference
+from helexa_engine.ops.causal_conv1d import triton as conv
+from helexa_engine.ops.gated_delta_rule import reference
+from helexa_engine.ops.gated_delta_rule import triton as rule
+
+EPS = 1e-2  # as in test_gated_delta_rule.py
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an op leaves unwritten is NaN."""
+    empty = torch.empty
+
+    def poison(*shape, **options):
+        tensor = empty(*shape, **options)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def packing(lengths) -> dict[str, torch.Tensor]:
+    """Sequence i has slot N + 1 - i; slots 0 and 1 are nobody's."""
+    return {
+        "state_slots": torch.arange(len(lengths) + 1, 1, -1, dtype=torch.int32),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+    }
+
+
+def rule_arguments(lengths, heads=(1, 1), dims=(16, 16), tiled=False, seed=0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    (num_k, num_v), (dk, dv), total = heads, dims, sum(lengths)
+    wide = normal(total, num_v * dv + 2 * num_v)  # z, b and a are slices of wider rows
+    z, b, a = torch.split(wide, [num_v * dv, num_v, num_v], dim=1)
+    state = 0.5 * normal(len(lengths) + 2, num_v, dk, dv)
+    state[:2] = float("nan")
+    return {
+        "qkv": normal(total, 2 * num_k * dk + num_v * dv), "z": z, "b": b, "a": a, "a_coefficient": -normal(num_v).exp(),
+        "dt_bias": normal(num_v), "norm_weight": 1 + 0.2 * normal(dv), "eps": EPS, "recurrent_state": state,
+        **packing(lengths), "num_k_heads": num_k, "num_v_heads": num_v, "tiled": tiled,
+    }  # fmt: skip
+
+
+def run_rule(module, arguments, dtype=torch.float32, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    state = arguments["recurrent_state"].to(dtype).clone()
+    return module.gated_delta_rule(**dict(arguments, recurrent_state=state), **options), state
+
+
+def judge(arguments) -> None:
+    truth, exact = run_rule(reference, arguments, torch.float64, compute_dtype=torch.float64)
+    twin, twin_state = run_rule(reference, arguments)
+    got, state = run_rule(rule, arguments)
+    assert got.shape == truth.shape and not got.isnan().any() and state[:2].isnan().all()
+    assert (state - exact)[2:].abs().max() <= 2 * (twin_state - exact)[2:].abs().max()
+    assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 7, 63, 64, 65])
+def test_the_rule_equals_the_twin_at_every_length(length: int) -> None:
+    judge(rule_arguments([length] * (2 if length < 10 else 1)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dims", "tiled"),
+    [([33, 3, 17], (2, 4), (32, 16), True), ([2, 18], (2, 4), (16, 32), False), ([20], (1, 3), (48, 48), False)],
+    ids=str,
+)
+def test_the_rule_equals_the_twin_for_every_shape(lengths: list[int], heads, dims, tiled: bool) -> None:
+    judge(rule_arguments(lengths, heads, dims, tiled))
+
+
+def test_the_rule_on_strongly_correlated_keys() -> None:
+    arguments = rule_arguments([64])
+    arguments["qkv"] = arguments["qkv"][torch.arange(64) % 3].clone()
+    arguments["b"] = arguments["b"] + 8
+    arguments["a"] = arguments["a"] - 8
+    judge(arguments)
+
+
+def test_the_rules_gates_far_out() -> None:
+    """Both branches of softplus, and small decays behind a large one."""
+    arguments = rule_arguments([64])
+    arguments["a"] = arguments["a"] - 8
+    arguments["a"][8] += 300
+    arguments["a"][9] -= 100
+    judge(arguments)
+
+
+def test_a_batch_equals_each_alone_and_parts_equal_the_whole_bit_for_bit() -> None:
+    arguments = rule_arguments([50, 1, 20])
+    batch, batch_state = run_rule(rule, arguments)
+    ends, state = arguments["cu_seqlens"].tolist(), arguments["recurrent_state"].clone()
+    for i, slot in enumerate(arguments["state_slots"]):
+        parts = []
+        for begin in range(ends[i], ends[i + 1], rule.CHUNK):
+            end = min(begin + rule.CHUNK, ends[i + 1])
+            rows = {name: arguments[name][begin:end] for name in ("qkv", "z", "b", "a")}
+            one = {"state_slots": slot[None], "cu_seqlens": torch.tensor([0, end - begin], dtype=torch.int32)}
+            parts.append(rule.gated_delta_rule(**dict(arguments, **rows, **one, recurrent_state=state)))
+        assert torch.equal(torch.cat(parts), batch[ends[i] : ends[i + 1]])
+    assert torch.equal(state[2:], batch_state[2:])
+
+
+def test_the_comparison_can_fail() -> None:
+    arguments = rule_arguments([65])
+    wrong = dict(arguments, a_coefficient=arguments["a_coefficient"] * 1.0001)
+    _, exact = run_rule(reference, arguments, torch.float64, compute_dtype=torch.float64)
+    _, twin_state = run_rule(reference, arguments)
+    _, state = run_rule(rule, wrong)
+    assert (state - exact)[2:].abs().max() > 2 * (twin_state - exact)[2:].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "taps"), [([1, 1, 2], 4), ([1, 1, 2], 2), ([7, 0, 3], 4), ([63], 2), ([64, 65], 4)], ids=str
+)
+def test_the_convolution_equals_the_twin(lengths: list[int], taps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(sum(lengths), 90, generator=generator)
+    state = torch.randn(len(lengths) + 2, taps - 1, 72, generator=generator)
+    arguments = {
+        "x": wide[:, 10:82],
+        "weight": torch.randn(72, taps, generator=generator),
+        **packing(lengths),
+    }
+    truth = conv_reference.causal_conv1d(**arguments, conv_state=state.clone(), compute_dtype=torch.float64)
+    twin_state, got_state = state.clone(), state.clone()
+    twin = conv_reference.causal_conv1d(**arguments, conv_state=twin_state)
+    got = conv.causal_conv1d(**arguments, conv_state=got_state)
+    assert not got.isnan().any() and torch.equal(got_state, twin_state)
+    assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("qkv", torch.zeros(9, 47)),
+        ("b", torch.zeros(1, 9).expand(3, 9).T[:, ::2]),
+        ("recurrent_state", torch.zeros(4, 3, 16, 16)),
+        ("cu_seqlens", torch.zeros(2, dtype=torch.int32)),
+    ],
+)
+def test_tensors_of_a_wrong_kind_are_named(name: str, value: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=name):
+        rule.gated_delta_rule(**dict(rule_arguments([5, 4]), **{name: value}))
+    if name == "cu_seqlens":
+        with pytest.raises(ValueError, match=name):
+            conv.causal_conv1d(
+                torch.zeros(9, 8), torch.zeros(8, 4), torch.zeros(4, 3, 8), torch.zeros(2, dtype=torch.int32), value
+            )
