@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from ..layers.mlp import GatedMLP
-from .decoder import FeedForward, layer_prefix
+from .decoder import FeedForward
 from .hybrid import HybridDecoder
+from .qwen3 import gated_mlp
 
 
 class Qwen3_5(HybridDecoder):
     """The hybrid's mixers, and a gated MLP in every layer."""
 
     def make_feed_forward(self, layer_idx: int) -> FeedForward:
-        config = self.config
-        return GatedMLP(f"{layer_prefix(layer_idx)}.mlp", config.hidden_size, config.intermediate_size, self.device)
+        return gated_mlp(self.config, layer_idx, self.device)
