@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LEAVES = {
     f"helexa_engine.{name}"
-    for name in ("errors", "events", "generate_request", "sampling_params", "env", "config", "version", "batch", "demo")
+    for name in (
+        "architectures",
+        "errors",
+        "events",
+        "generate_request",
+        "sampling_params",
+        "env",
+        "config",
+        "version",
+        "batch",
+        "demo",
+    )
 } | {"helexa_engine"}
 
 #: room -> rooms it may import. A room is a package or module; the longest matching name wins.

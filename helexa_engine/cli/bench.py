@@ -26,7 +26,7 @@ from .options import UsageError, add_config_flag, model_path, resolve_config
 
 if TYPE_CHECKING:
     from ..llm import LLM
-    from ..weights.checkpoint import RawTensor
+    from ..weights.raw_tensor import RawTensor
 
 #: Room beside prompt and answer, so that no run ends at the context's border.
 _SPARE_TOKENS = 16

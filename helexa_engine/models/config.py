@@ -8,14 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..architectures import HYBRIDS, MIXTURES
 from ..errors import UnsupportedCheckpoint
 from ..layers.rotary import inverse_frequencies
 
 LayerType = Literal["linear_attention", "full_attention"]
 ValueHeadOrder = Literal["grouped", "tiled"]
-
-_HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
-_MIXTURES = ("qwen3moe", "qwen3next", "qwen35moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +76,14 @@ class ModelConfig:
             raise read.fail(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
         if head_dim % 16 or not head_dim:
             raise read.fail(f"head_dim: expected a multiple of 16, got {head_dim}")
-        is_hybrid, is_mixture = architecture in _HYBRIDS, architecture in _MIXTURES
+        is_hybrid, is_mixture = architecture in HYBRIDS, architecture in MIXTURES
         rope = config.get("rope_parameters") or config.get("rope_scaling")
         if rope is not None and not isinstance(rope, Mapping):
             raise read.fail(f"rope_scaling: expected an object, got {rope!r}")
         theta = read.number(config if config.get("rope_theta") is not None else rope or {}, "rope_theta")
         rotary_dim = read.rotary_dim(head_dim, rope or {}, 0.25 if is_hybrid else 1.0)
-        inverse_frequencies(
-            rotary_dim, theta, rope, where=where
-        )  # raises what rotary_table would, with the file's name
+        # Raises what rotary_table would, with the file's name.
+        inverse_frequencies(rotary_dim, theta, rope, where=where)
         gated = read.boolean("attn_output_gate", is_hybrid)
         if gated != is_hybrid:
             raise read.fail(f"attn_output_gate: expected {is_hybrid} in {architecture}, got {gated}")

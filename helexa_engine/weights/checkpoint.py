@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..architectures import ARCHITECTURES, HYBRIDS, TILED
 from ..errors import ModelNotFound, UnsupportedCheckpoint
 from ..quant import types
 from . import canonical, gguf_names
 from .fp8 import SCALE_SUFFIXES, Fp8Scheme
-from .gguf import GGUFFile, StringArray
+from .gguf import GGUFFile
 from .raw_tensor import RawTensor
 from .safetensors import SafetensorsFolder
 
@@ -112,7 +113,7 @@ class GGUFCheckpoint(Checkpoint):
         self.config = {}
         self.unused = {}
         self._tensors = {}
-        if architecture not in gguf_names.ARCHITECTURES:
+        if architecture not in ARCHITECTURES:
             return  # the registry refuses it, in its own words
         tensors = self._file.tensors
         if "token_embd.weight" not in tensors:
@@ -196,7 +197,7 @@ class FolderCheckpoint(Checkpoint):
             self.config.setdefault("tie_word_embeddings", True)
         self.unused = {}
         self._tensors = canonical.from_huggingface(
-            self.config, self._stored(), is_hybrid=self.architecture in gguf_names.HYBRIDS, where=str(path)
+            self.config, self._stored(), is_hybrid=self.architecture in HYBRIDS, where=str(path)
         )
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.is_file() else {}
@@ -209,7 +210,7 @@ class FolderCheckpoint(Checkpoint):
         return str(self.path / "config.json")
 
     def tile_value_heads(self) -> None:
-        if self.architecture not in gguf_names.TILED or self.config.get("value_head_order") == "tiled":
+        if self.architecture not in TILED or self.config.get("value_head_order") == "tiled":
             return
         self._tensors = canonical.tiled(self.config, self._tensors.values(), str(self.path))
         self.config["value_head_order"] = "tiled"
@@ -305,14 +306,3 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise ModelNotFound(str(path), "no such file or folder")
     return GGUFCheckpoint(path)
-
-
-__all__ = [
-    "Checkpoint",
-    "FolderCheckpoint",
-    "GGUFCheckpoint",
-    "RawTensor",
-    "StringArray",
-    "open_checkpoint",
-    "read_json",
-]

@@ -11,14 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..architectures import HYBRIDS, MIXTURES, TILED
 from ..errors import UnsupportedCheckpoint
-
-#: Architectures whose names and metadata are known here.
-ARCHITECTURES = ("qwen3", "qwen3moe", "qwen3next", "qwen35", "qwen35moe")
-HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
-MIXTURES = ("qwen3moe", "qwen3next", "qwen35moe")
-#: Architectures whose files have a delta net's value heads in tiled order.
-TILED = ("qwen35", "qwen35moe")
 
 # The names of a fused tensor (``qkv_proj``, ``in_proj_qkvz``, ``in_proj_ba``, ``gate_up_proj``) are taken apart in ``canonical``.
 _BLOCK = {

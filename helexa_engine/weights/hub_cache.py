@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import env
+from ..architectures import ARCHITECTURES
 from ..errors import HelexaError, InvalidRequest, ModelNotFound
-from . import checkpoint, gguf, gguf_names
+from . import checkpoint, gguf
 from .hub import INDEX, TOKENIZER_FILES, HubId, Variant, choose, format_bytes, variants
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def architecture_of(path: Path) -> str | None:
             kind = gguf.read_architecture(path) if path.is_file() else None
     except HelexaError:
         return None
-    return kind if kind in gguf_names.ARCHITECTURES else None
+    return kind if kind in ARCHITECTURES else None
 
 
 @dataclass(frozen=True, slots=True)

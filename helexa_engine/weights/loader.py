@@ -10,10 +10,11 @@ import numpy as np
 
 from ..errors import InvalidRequest, UnsupportedCheckpoint
 from ..quant import mixes, types
-from ..quant.dequantize import dequantize
+from ..quant.quantize import quantize
 from ..quant.types import QuantType
-from .checkpoint import Checkpoint, RawTensor
+from .checkpoint import Checkpoint
 from .quantized_file import encoded_pieces
+from .raw_tensor import RawTensor
 
 #: Called with (stage, share done from 0 to 1).
 Progress = Callable[[str, float], None]
@@ -204,16 +205,4 @@ _FLOATS: dict[str, QuantType] = {"float32": types.F32, "float16": types.F16, "bf
 
 
 def _cast(raw: RawTensor, target: QuantType) -> RawTensor:
-    if raw.quant_type is types.F64:
-        values = raw.data.view(np.float64).astype(np.float32)
-    else:
-        values = np.ascontiguousarray(dequantize(raw.quant_type, raw.data, raw.shape), np.float32).reshape(-1)
-    if target is types.F32:
-        data = values.view(np.uint8)
-    elif target is types.F16:
-        data = values.astype(np.float16).view(np.uint8)
-    else:
-        bits = values.view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        data = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).view(np.uint8)
-    return RawTensor(raw.name, target, raw.shape, data)
+    return RawTensor(raw.name, target, raw.shape, quantize(raw.values(), target).reshape(-1))

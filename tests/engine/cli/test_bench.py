@@ -12,7 +12,8 @@ from benchmarks.engine.__main__ import compare, measure_llama_cpp
 from helexa_engine.cli import main
 from helexa_engine.cli.bench import append_row, decode_bytes, preset_file, report
 from helexa_engine.quant import types
-from helexa_engine.weights.checkpoint import RawTensor, open_checkpoint
+from helexa_engine.weights.checkpoint import open_checkpoint
+from helexa_engine.weights.raw_tensor import RawTensor
 
 
 def raw(name: str, rows: int, cols: int) -> RawTensor:

@@ -17,7 +17,8 @@ from helexa_engine.models.qwen3 import Qwen3
 from helexa_engine.models.registry import model_class
 from helexa_engine.quant import types
 from helexa_engine.weights import loader
-from helexa_engine.weights.checkpoint import Checkpoint, RawTensor, open_checkpoint
+from helexa_engine.weights.checkpoint import Checkpoint, open_checkpoint
+from helexa_engine.weights.raw_tensor import RawTensor
 
 from .conftest import SHAPE, write_gguf
 

@@ -14,7 +14,8 @@ from helexa_engine.presets import write_preset_gguf
 from helexa_engine.quant import mixes, types
 from helexa_engine.quant.dequantize import dequantize
 from helexa_engine.weights import loader
-from helexa_engine.weights.checkpoint import Checkpoint, RawTensor, open_checkpoint
+from helexa_engine.weights.checkpoint import Checkpoint, open_checkpoint
+from helexa_engine.weights.raw_tensor import RawTensor
 
 
 class Slot:
