@@ -23,7 +23,6 @@ class Batch:
         page_tables: [N, P] int32, pages of each sequence in order; entries past its last page are 0 and never read.
         seq_lens: [N] int32, length of each sequence including its new tokens.
         state_slots: [N] int32, where each sequence's recurrent states are; no two alike. Not read by models without any.
-        logits_indices: [M] int64, rows of the hidden states whose logits are wanted.
         caches: one entry a layer.
     """
 
@@ -33,7 +32,6 @@ class Batch:
     slot_mapping: torch.Tensor
     page_tables: torch.Tensor
     seq_lens: torch.Tensor
-    logits_indices: torch.Tensor
     state_slots: torch.Tensor
     caches: list[LayerCache] = field(default_factory=list)
 

@@ -40,7 +40,6 @@ class Attention:
         device: str = "cpu",
     ) -> None:
         self._layer_idx = layer_idx
-        self._num_heads = num_heads
         self._rotary = rotary
         self._gated = gated
         self._scale = head_dim**-0.5

@@ -77,7 +77,6 @@ class ModelRunner:
 
     def _batch(self, chunks: Sequence[Chunk]) -> Batch:
         first = 0
-        last_rows = []
         for i, chunk in enumerate(chunks):
             sequence, after = chunk.sequence, first + chunk.num_tokens
             pages = np.asarray(sequence.pages)
@@ -98,8 +97,6 @@ class ModelRunner:
             self._seq_lens[i] = chunk.end
             self._state_slots[i] = sequence.state_slot or 0
             self._cu_seqlens[i + 1] = first = after
-            if chunk.samples:
-                last_rows.append(after - 1)
         n = len(chunks)
         return Batch(
             input_ids=torch.from_numpy(self._input_ids[:first]),
@@ -108,7 +105,6 @@ class ModelRunner:
             slot_mapping=torch.from_numpy(self._slot_mapping[:first]),
             page_tables=torch.from_numpy(self._page_tables[:n]),
             seq_lens=torch.from_numpy(self._seq_lens[:n]),
-            logits_indices=torch.tensor(last_rows, dtype=torch.int64),
             state_slots=torch.from_numpy(self._state_slots[:n]),
             caches=self._caches,
         )

@@ -95,7 +95,6 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, rows: int) -> None:
         slot_mapping=pages[positions // 64] * 64 + positions % 64,
         page_tables=pages[None].int(),
         seq_lens=torch.tensor([rows], dtype=torch.int32),
-        logits_indices=torch.tensor([rows - 1]),
         state_slots=torch.arange(1, dtype=torch.int32),
         caches=[cache],
     )
@@ -151,11 +150,3 @@ def test_a_token_outside_the_table_is_an_error(token: int) -> None:
     embedding.slots()["table"].load(raw("table", torch.zeros(48, HIDDEN)))
     with pytest.raises(ValueError, match="ids"):
         embedding(torch.tensor([0, token]))
-
-
-def test_cache_spec_counts_the_bytes_it_allocates() -> None:
-    for dtype in ("float16", "float32"):
-        spec = AttentionCacheSpec(2, 48, dtype)
-        cache = spec.allocate(3)
-        assert cache.k.shape == (3, 2, 64, 48)
-        assert sum(t.nbytes for t in (cache.k, cache.v)) == 3 * spec.page_bytes

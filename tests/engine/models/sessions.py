@@ -91,7 +91,6 @@ class Pool:
             slot_mapping=torch.cat(slots),
             page_tables=tables,
             seq_lens=torch.tensor(ends, dtype=torch.int32),
-            logits_indices=torch.arange(cu[-1]),
             state_slots=torch.tensor([session.state_slot for session, _ in chunks], dtype=torch.int32),
             caches=self.caches,
         )

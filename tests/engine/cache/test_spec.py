@@ -1,0 +1,35 @@
+"""What layers remember: the bytes that are planned are the bytes that are allocated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helexa_engine.cache.spec import PAGE_SIZE, AttentionCacheSpec, KvDtype, StateCacheSpec
+
+
+def nbytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_pages_take_the_bytes_that_are_planned(dtype: KvDtype) -> None:
+    spec = AttentionCacheSpec(num_kv_heads=2, head_dim=48, dtype=dtype)
+    cache = spec.allocate(3)
+    assert cache.k.shape == cache.v.shape == (3, 2, PAGE_SIZE, 48)
+    assert cache.k.dtype == cache.v.dtype == getattr(torch, dtype)
+    assert nbytes(cache.k, cache.v) == 3 * spec.page_bytes
+    assert not cache.k.any() and not cache.v.any()
+
+
+def test_states_take_the_bytes_that_are_planned_and_are_cleared_slot_by_slot() -> None:
+    spec = StateCacheSpec(conv_channels=80, conv_kernel=4, num_v_heads=3, head_k_dim=16, head_v_dim=32)
+    cache = spec.allocate(4)
+    assert cache.conv_state.shape == (4, 3, 80) and cache.recurrent_state.shape == (4, 3, 16, 32)
+    assert cache.conv_state.dtype == cache.recurrent_state.dtype == torch.float32
+    assert nbytes(cache.conv_state, cache.recurrent_state) == 4 * spec.slot_bytes
+    cache.conv_state.fill_(1.0), cache.recurrent_state.fill_(1.0)
+    cache.clear([0, 2])
+    for slot in range(4):
+        expected = 0.0 if slot in (0, 2) else 1.0
+        assert (cache.conv_state[slot] == expected).all() and (cache.recurrent_state[slot] == expected).all()
