@@ -87,7 +87,6 @@ def _yarn(
     if low == high:
         high += 0.001
     ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    kept = (
-        1 - ramp
-    )  # the share of the unscaled frequency; in this order of operations the table is transformers' to the bit
+    # The share of the unscaled frequency. In this order of operations the table is transformers' to the bit.
+    kept = 1 - ramp
     return 1.0 / (factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept, amplitude

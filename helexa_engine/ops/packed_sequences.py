@@ -1,4 +1,5 @@
-"""Checks of what the ops with a state share: sequences packed end to end, and the slot in which each keeps its state."""
+"""Checks of what several ops take: tensors by their address, sequences packed end to end, and the slot in which each keeps its
+state."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ import numpy as np
 from ..errors import ModelNotFound, UnsupportedCheckpoint
 from ..quant import types
 from ..quant.types import QuantType
+from . import mapped_pages
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -262,11 +263,7 @@ class GGUFFile:
     def release(self, name: str) -> None:
         """Gives the mapped pages of a tensor back to the system; they are read again from the file when touched."""
         tensor = self.tensors[name]
-        page = mmap.ALLOCATIONGRANULARITY
-        start = -(-tensor.offset // page) * page
-        length = (tensor.offset + tensor.nbytes) // page * page - start
-        if length > 0:
-            self._maps[tensor.part].madvise(mmap.MADV_DONTNEED, start, length)
+        mapped_pages.release(self._maps[tensor.part], tensor.offset, tensor.nbytes)
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import ModelNotFound, UnsupportedCheckpoint
 from ..quant import types
 from ..quant.types import QuantType
+from . import mapped_pages
 from .raw_tensor import RawTensor
 
 MAX_HEADER_BYTES = 100_000_000
@@ -137,8 +138,4 @@ class SafetensorsFolder:
         """Gives the whole pages under a tensor back to the system."""
         file = self._where[name]
         _, _, start, nbytes = file.read(name)
-        page = mmap.ALLOCATIONGRANULARITY
-        first = -(-start // page) * page
-        length = (start + nbytes) // page * page - first
-        if length > 0:
-            file.map.madvise(mmap.MADV_DONTNEED, first, length)
+        mapped_pages.release(file.map, start, nbytes)

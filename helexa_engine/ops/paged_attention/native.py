@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from ..packed_sequences import address_of
 from ..registry import require_native
 
+OP = "paged_attention"
 _native = require_native()
-
-
-def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The address of a tensor that is what it should be. Raises ValueError."""
-    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-        raise ValueError(
-            f"paged_attention: {name}: expected contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-            f"{'' if tensor.is_contiguous() else ', not contiguous'}"
-        )
-    return tensor.data_ptr()
 
 
 def paged_attention(
@@ -57,21 +49,21 @@ def paged_attention(
     if num_tokens == 0:
         return ctx
     _native.paged_attention(
-        _check("qkv", qkv, torch.float32, (num_tokens, width)),
-        _check("q_norm", q_norm, torch.float32, (head_dim,)),
-        _check("k_norm", k_norm, torch.float32, (head_dim,)),
+        address_of(OP, "qkv", qkv, torch.float32, (num_tokens, width)),
+        address_of(OP, "q_norm", q_norm, torch.float32, (head_dim,)),
+        address_of(OP, "k_norm", k_norm, torch.float32, (head_dim,)),
         eps,
-        _check("cos_sin", cos_sin, torch.float32, tuple(cos_sin.shape)),
+        address_of(OP, "cos_sin", cos_sin, torch.float32, tuple(cos_sin.shape)),
         *cos_sin.shape,
-        _check("positions", positions, torch.int64, (num_tokens,)),
-        _check("slot_mapping", slot_mapping, torch.int64, (num_tokens,)),
-        _check("page_tables", page_tables, torch.int32, (num_sequences, pages_per_sequence)),
+        address_of(OP, "positions", positions, torch.int64, (num_tokens,)),
+        address_of(OP, "slot_mapping", slot_mapping, torch.int64, (num_tokens,)),
+        address_of(OP, "page_tables", page_tables, torch.int32, (num_sequences, pages_per_sequence)),
         pages_per_sequence,
-        _check("cu_seqlens", cu_seqlens, torch.int32, (num_sequences + 1,)),
-        _check("seq_lens", seq_lens, torch.int32, (num_sequences,)),
+        address_of(OP, "cu_seqlens", cu_seqlens, torch.int32, (num_sequences + 1,)),
+        address_of(OP, "seq_lens", seq_lens, torch.int32, (num_sequences,)),
         num_sequences,
-        _check("k_cache", k_cache, cache_dtype, cache_shape),
-        _check("v_cache", v_cache, cache_dtype, cache_shape),
+        address_of(OP, "k_cache", k_cache, cache_dtype, cache_shape),
+        address_of(OP, "v_cache", v_cache, cache_dtype, cache_shape),
         num_pages,
         cache_dtype == torch.float16,
         gated,

@@ -11,6 +11,7 @@ import torch
 
 from ...quant.types import QuantType
 from ..registry import require_native
+from .reference import check_matrix
 
 if TYPE_CHECKING:
     from .reference import Activation
@@ -20,12 +21,9 @@ _rows_of = operator.attrgetter("rows")
 
 
 def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> Any:
-    """Repacks ``data`` (uint8, as in a GGUF file) into tiles of 16 interleaved rows; ``data`` is not needed afterwards."""
-    expected = rows * quant_type.row_bytes(cols)
-    if data.dtype != np.uint8 or data.nbytes != expected:
-        raise ValueError(
-            f"pack: data: expected {expected} bytes as uint8 for {rows} x {cols} {quant_type}, got {data.nbytes}"
-        )
+    """Repacks ``data`` (uint8, as in a GGUF file) into tiles of 16 interleaved rows; ``data`` is not needed afterwards. Raises
+    ValueError when it has the wrong number of bytes."""
+    check_matrix(quant_type, data, rows, cols)
     data = np.ascontiguousarray(data)
     return _native.pack(quant_type.number, data.ctypes.data, rows, cols)
 

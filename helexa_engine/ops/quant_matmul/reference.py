@@ -34,13 +34,18 @@ class BlockMatrix:
         return torch.from_numpy(dequantize(self.quant_type, blocks.reshape(-1), (blocks.shape[0], self.cols)))
 
 
-def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> BlockMatrix:
-    """Keeps the blocks as they are. Raises ValueError when ``data`` has the wrong number of bytes."""
+def check_matrix(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> None:
+    """Raises ValueError unless ``data`` holds a matrix [rows, cols] of this type."""
     expected = rows * quant_type.row_bytes(cols)
     if data.dtype != np.uint8 or data.nbytes != expected:
         raise ValueError(
             f"pack: data: expected {expected} bytes as uint8 for {rows} x {cols} {quant_type}, got {data.nbytes}"
         )
+
+
+def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> BlockMatrix:
+    """Keeps the blocks as they are. Raises ValueError when ``data`` has the wrong number of bytes."""
+    check_matrix(quant_type, data, rows, cols)
     return BlockMatrix(quant_type, np.array(data, copy=True), rows, cols)
 
 
@@ -98,8 +103,7 @@ def quantized_activations(x: torch.Tensor) -> torch.Tensor:
     """
     groups = x.reshape(x.shape[0], -1, 32)
     largest = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(
-        largest > 1e-30, torch.full_like(largest, 127) / largest, 0.0
-    )  # 127 / x would be 127 * (1 / x)
+    # torch computes 127 / x as 127 * (1 / x).
+    inverse = torch.where(largest > 1e-30, torch.full_like(largest, 127) / largest, 0.0)
     codes = torch.round(groups * inverse)
     return (codes.double() * (largest / 127.0).double()).reshape(x.shape)
