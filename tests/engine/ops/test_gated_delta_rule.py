@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -47,9 +49,17 @@ def isa(request) -> Iterator[str]:
     _native.set_cpu_isa(before)
 
 
+class Answer(NamedTuple):
+    """Outputs of whole sequences, and the states after them by slot."""
+
+    out: torch.Tensor
+    state: torch.Tensor
+
+
 @dataclass
 class Case:
-    """Whole sequences; a run takes a span of each. Sequence i has slot ``slots[i]``; the other slots hold NaN."""
+    """Whole sequences; a run takes a span of each. Sequence i has slot ``slots[i]``; the other slots hold NaN. What the twin
+    makes of it is computed once."""
 
     num_k_heads: int
     num_v_heads: int
@@ -88,6 +98,16 @@ class Case:
     def whole(self) -> list[tuple[int, int]]:
         return [(0, len(rows["z"])) for rows in self.rows]
 
+    @cached_property
+    def truth(self) -> Answer:
+        state = self.states(torch.float64)
+        return Answer(self.run(reference, state, self.whole(), compute_dtype=torch.float64), state)
+
+    @cached_property
+    def twin(self) -> Answer:
+        state = self.states()
+        return Answer(self.run(reference, state, self.whole()), state)
+
 
 def make(lengths, *, heads=(2, 4), dims=(32, 48), tiled=False, seed=0) -> Case:
     generator = torch.Generator().manual_seed(seed)
@@ -112,6 +132,9 @@ def make(lengths, *, heads=(2, 4), dims=(32, 48), tiled=False, seed=0) -> Case:
     )  # fmt: skip
 
 
+made = cache(make)  # for tests that leave their case as it is
+
+
 def largest_error(got: torch.Tensor, truth: torch.Tensor) -> float:
     return float((got.double() - truth).abs().max())
 
@@ -119,9 +142,7 @@ def largest_error(got: torch.Tensor, truth: torch.Tensor) -> float:
 def judge(case: Case, module, parts=None) -> None:
     """Outputs and float32 states, over the parts of all sequences in turn: error against the twin in float64, whole, at most
     twice the float32 twin's. Slots of nobody keep their NaN."""
-    exact, twin_state, state = case.states(torch.float64), case.states(), case.states()
-    truth = case.run(reference, exact, case.whole(), compute_dtype=torch.float64)
-    twin = case.run(reference, twin_state, case.whole())
+    (truth, exact), (twin, twin_state), state = case.truth, case.twin, case.states()
     if parts is None:
         got = case.run(module, state, case.whole())
     else:
@@ -136,18 +157,18 @@ def judge(case: Case, module, parts=None) -> None:
 
 @pytest.mark.parametrize("length", [1, 7, CHUNK_FROM - 1, CHUNK_FROM, 63, 64, 65, CHUNK + CHUNK_FROM, 1000])
 def test_equals_the_twin_at_every_length(isa: str, length: int) -> None:
-    judge(make([length] * (8 if length < 10 else 1), heads=(2, 4)), native)
+    judge(made((length,) * (8 if length < 10 else 1), heads=(2, 4)), native)
 
 
 @pytest.mark.parametrize("tiled", [False, True], ids=["grouped", "tiled"])
 @pytest.mark.parametrize("dims", [(16, 16), (64, 32), (32, 80), (128, 128), (256, 64)], ids=str)
 @pytest.mark.parametrize("heads", [(2, 2), (2, 4), (2, 6)], ids=str)
 def test_equals_the_twin_for_every_shape(isa: str, heads: tuple[int, int], dims: tuple[int, int], tiled: bool) -> None:
-    judge(make([70, 3, 20, 1], heads=heads, dims=dims, tiled=tiled), native)
+    judge(made((70, 3, 20, 1), heads=heads, dims=dims, tiled=tiled), native)
 
 
 def test_packed_sequences_of_unequal_length(isa: str) -> None:
-    judge(make([1, 130, 64, 7, 65, 1, 16]), native)
+    judge(made((1, 130, 64, 7, 65, 1, 16)), native)
 
 
 def test_tiled_and_grouped_heads_differ() -> None:
@@ -161,6 +182,7 @@ def test_tiled_and_grouped_heads_differ() -> None:
     assert reference.key_head_of(2, 4, tiled=False).tolist() == [0, 0, 1, 1]
 
 
+@cache
 def correlated(kind: str, length: int = 300, seed: int = 0) -> Case:
     """Keys that hardly differ, beta near 1, slow decay: products of the chunk form's triangle grow where it is inverted."""
     case = make([length], heads=(2, 4), dims=(128, 64), seed=seed)
@@ -221,7 +243,7 @@ def test_gates_far_out(isa: str, a: float, length: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 63, 64, 65, 127, "random"])
 def test_any_split_equals_whole(isa: str, size) -> None:
-    case = make([300])
+    case = made((300,))
     borders = list(range(0, 300, size)) if size != "random" else [0, *sorted({11, 12, 77, 140, 141, 204, 290})]
     judge(case, native, parts=list(zip(borders, [*borders[1:], 300], strict=True)))
 
