@@ -12,20 +12,6 @@ namespace {
 
 constexpr const char* kName = "causal_conv1d";
 
-const ConvKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case CpuIsa::kAvx512:
-      return kConvAvx512;
-    case CpuIsa::kAvx2:
-      return kConvAvx2;
-    default:
-      break;
-  }
-#endif
-  return kConvGeneric;
-}
-
 }  // namespace
 
 void causal_conv1d(const CausalConv1d& args) {
@@ -34,7 +20,7 @@ void causal_conv1d(const CausalConv1d& args) {
   check(args.x_stride >= args.channels, kName, "x", "rows at least as far apart as they are wide", args.x_stride);
   if (args.sequences.num_sequences == 0 && args.sequences.num_tokens == 0) return;
   check_packed_sequences(kName, args.sequences);
-  const ConvKernels& level = kernels();
+  const ConvKernels& level = HELEXA_AT_LEVEL(kConv);
   const int64_t pieces = (args.channels + kConvChannels - 1) / kConvChannels;
   constexpr int64_t kPiecesPerRange = 8;  // a decode step of a small model stays on few threads
   const int64_t grain = args.sequences.num_tokens > 4 * args.sequences.num_sequences ? 1 : kPiecesPerRange;

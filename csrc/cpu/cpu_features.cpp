@@ -9,8 +9,6 @@ namespace {
 
 std::atomic<int> chosen{-1};  // -1: the best
 
-}  // namespace
-
 CpuIsa best_cpu_isa() {
 #if defined(__x86_64__)
   static const CpuIsa best = [] {
@@ -26,6 +24,8 @@ CpuIsa best_cpu_isa() {
   return CpuIsa::kGeneric;
 #endif
 }
+
+}  // namespace
 
 CpuIsa cpu_isa() {
   const int level = chosen.load(std::memory_order_relaxed);

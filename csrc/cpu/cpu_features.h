@@ -7,12 +7,18 @@ namespace helexa {
 
 enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
 
-// The best level of this processor and operating system.
-CpuIsa best_cpu_isa();
-// The level that kernels use: the best one, until set_cpu_isa.
+// The level that kernels use: the best one of this processor and operating system, until set_cpu_isa.
 CpuIsa cpu_isa();
 // Takes "generic", "avx2" or "avx512". Throws std::invalid_argument for another name or a level this processor lacks.
 void set_cpu_isa(const std::string& name);
 const char* name(CpuIsa isa);
+
+// The one for the level in use of tableGeneric, tableAvx2 and tableAvx512, an op's tables of kernels.
+#if defined(__x86_64__)
+#define HELEXA_AT_LEVEL(table) \
+  (cpu_isa() == CpuIsa::kAvx512 ? table##Avx512 : cpu_isa() == CpuIsa::kAvx2 ? table##Avx2 : table##Generic)
+#else
+#define HELEXA_AT_LEVEL(table) (table##Generic)
+#endif
 
 }  // namespace helexa

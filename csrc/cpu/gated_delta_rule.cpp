@@ -32,20 +32,6 @@ void check_arguments(const GatedDeltaRule& p) {
   check_stride("a", p.a_stride, p.num_v_heads);
 }
 
-const DeltaKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case CpuIsa::kAvx512:
-      return kDeltaAvx512;
-    case CpuIsa::kAvx2:
-      return kDeltaAvx2;
-    default:
-      break;
-  }
-#endif
-  return kDeltaGeneric;
-}
-
 }  // namespace
 
 void gated_delta_rule(const GatedDeltaRule& args) {
@@ -71,7 +57,7 @@ void gated_delta_rule(const GatedDeltaRule& args) {
   };
   std::stable_sort(tiles.begin(), tiles.end(),
                    [&](const DeltaTile& a, const DeltaTile& b) { return length(a) > length(b); });
-  const DeltaKernels& level = kernels();
+  const DeltaKernels& level = HELEXA_AT_LEVEL(kDelta);
   parallel_for(int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end, int) {
     float* memory = thread_scratch(delta_scratch_floats(args.head_k_dim, args.head_v_dim));
     for (int64_t i = begin; i < end; ++i) level.run(args, tiles[size_t(i)], memory);

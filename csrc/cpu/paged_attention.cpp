@@ -57,25 +57,11 @@ void check_arguments(const PagedAttention& p) {
     fail_at(kName, "cu_seqlens", p.num_sequences, std::to_string(p.num_tokens), p.cu_seqlens[p.num_sequences]);
 }
 
-const AttentionKernels& kernels() {
-#if defined(__x86_64__)
-  switch (cpu_isa()) {
-    case CpuIsa::kAvx512:
-      return kAttentionAvx512;
-    case CpuIsa::kAvx2:
-      return kAttentionAvx2;
-    default:
-      break;
-  }
-#endif
-  return kAttentionGeneric;
-}
-
 }  // namespace
 
 void paged_attention(const PagedAttention& args) {
   check_arguments(args);
-  const AttentionKernels& level = kernels();
+  const AttentionKernels& level = HELEXA_AT_LEVEL(kAttention);
   constexpr int64_t kHeadsPerRange = 32;  // one decode step stays on the calling thread
   parallel_for(args.num_tokens * args.num_kv_heads, kHeadsPerRange,
                [&](int64_t begin, int64_t end, int) { level.write_kv(args, begin, end); });

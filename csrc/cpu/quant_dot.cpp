@@ -4,12 +4,6 @@
 
 namespace helexa {
 
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_isa() == CpuIsa::kAvx512) return kAvx512Kernels;
-  if (cpu_isa() == CpuIsa::kAvx2) return kAvx2Kernels;
-#endif
-  return kGenericKernels;
-}
+const Kernels& kernels() { return HELEXA_AT_LEVEL(kKernels); }
 
 }  // namespace helexa

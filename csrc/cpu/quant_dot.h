@@ -66,10 +66,10 @@ struct Kernels {
   float (*read_loop)(const float* data, int64_t n);
 };
 
-extern const Kernels kGenericKernels;
+extern const Kernels kKernelsGeneric;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
 #endif
 
 // The table of the level in use.

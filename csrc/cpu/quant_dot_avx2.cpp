@@ -10,6 +10,6 @@ namespace {
 #include "quant_dot_kernels.h"
 }  // namespace
 
-extern const Kernels kAvx2Kernels = kTable;
+extern const Kernels kKernelsAvx2 = kTable;
 
 }  // namespace helexa

@@ -10,6 +10,6 @@ namespace {
 #include "quant_dot_kernels.h"
 }  // namespace
 
-extern const Kernels kAvx512Kernels = kTable;
+extern const Kernels kKernelsAvx512 = kTable;
 
 }  // namespace helexa

@@ -8,6 +8,6 @@ namespace {
 #include "quant_dot_kernels.h"
 }  // namespace
 
-extern const Kernels kGenericKernels = kTable;
+extern const Kernels kKernelsGeneric = kTable;
 
 }  // namespace helexa

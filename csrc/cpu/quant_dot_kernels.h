@@ -3,8 +3,7 @@
 
 inline constexpr int div_up(int64_t a, int b) { return int((a + b - 1) / b); }
 
-// --- Codes: how a type's planes become eight vectors of codes, and its header scales and minimums
-// ---------------------
+// --- Codes: how a type's planes become eight vectors of codes, and its header scales and minimums -------------------
 
 using B = Lanes::B;
 using F = Lanes::F;
@@ -146,8 +145,7 @@ struct CodesQ2_K : CodeBase<QuantType::Q2_K, 256, 2, true, -1> {
   }
 };
 
-// --- The dot product of 32 columns
-// -------------------------------------------------------------------------------------
+// --- The dot product of 32 columns ----------------------------------------------------------------------------------
 
 template <class Code>
 inline I start_sum(const ActivationChunk& x, int g, int sub) {
@@ -359,7 +357,7 @@ const CodeKernels* codes(QuantType type) {
   }
 }
 
-// --- Float weights -------------------------------------------------------------------------------------------------
+// --- Float weights --------------------------------------------------------------------------------------------------
 
 template <int kGroups, int kRows>
 inline void float_register_tile(const float* a, const float* b, int depth, const float* x, int64_t x_stride,
@@ -460,8 +458,7 @@ void widen(QuantType type, const void* source, int depth, float* out) {
                                                           : load_weights<QuantType::BF16>(source, k));
 }
 
-// --- Activations
-// -------------------------------------------------------------------------------------------------------
+// --- Activations ----------------------------------------------------------------------------------------------------
 
 // Sums in 16 lanes, then halves: one order at every level.
 inline float inverse_rms(const float* x, int64_t cols, float eps) {
@@ -550,8 +547,7 @@ void silu_mul(const float* gate, const float* up, float* out) {
   Lanes::store(out, Lanes::mul(Lanes::div(x, sigmoid_inverse), Lanes::load(up)));
 }
 
-// --- Probes
-// ----------------------------------------------------------------------------------------------------------------
+// --- Probes ---------------------------------------------------------------------------------------------------------
 
 double int8_rate_loop(int64_t turns) {
   constexpr int kChains = 8;

@@ -11,14 +11,6 @@
 namespace helexa {
 namespace {
 
-const EncoderTable& encoders() {
-#if defined(__x86_64__)
-  if (cpu_isa() == CpuIsa::kAvx512) return kAvx512Encoders;
-  if (cpu_isa() == CpuIsa::kAvx2) return kAvx2Encoders;
-#endif
-  return kGenericEncoders;
-}
-
 template <class Convert>
 void convert(const float* source, int64_t n, uint16_t* out, Convert one) {
   parallel_for(n, 16384, [&](int64_t begin, int64_t end, int) {
@@ -37,7 +29,7 @@ void quantize(int quant_type, const float* source, int64_t rows, int64_t cols, c
   if (quant_type == int(QuantType::BF16))
     return convert(source, rows * cols, static_cast<uint16_t*>(out), bfloat16_from_float);
   const Encoder* encoder = nullptr;
-  for (const Encoder& candidate : encoders().encoders)
+  for (const Encoder& candidate : HELEXA_AT_LEVEL(kEncoders).encoders)
     if (candidate.quant_type == quant_type) encoder = &candidate;
   if (!encoder) fail(f, "quant_type", "a type that has a quantiser", std::to_string(quant_type));
   const int64_t size = encoder->block_size, batch = encoder->blocks_per_batch;

@@ -22,9 +22,9 @@ struct EncoderTable {
   Encoder encoders[12];
 };
 
-extern const EncoderTable kGenericEncoders;
+extern const EncoderTable kEncodersGeneric;
 #if defined(__x86_64__)
-extern const EncoderTable kAvx2Encoders, kAvx512Encoders;
+extern const EncoderTable kEncodersAvx2, kEncodersAvx512;
 #endif
 
 }  // namespace helexa

@@ -9,6 +9,6 @@ constexpr int kWidth = 8;
 #include "quantize_kernels.h"
 }  // namespace
 
-extern const EncoderTable kAvx2Encoders = kTable;
+extern const EncoderTable kEncodersAvx2 = kTable;
 
 }  // namespace helexa

@@ -9,6 +9,6 @@ constexpr int kWidth = 16;
 #include "quantize_kernels.h"
 }  // namespace
 
-extern const EncoderTable kAvx512Encoders = kTable;
+extern const EncoderTable kEncodersAvx512 = kTable;
 
 }  // namespace helexa

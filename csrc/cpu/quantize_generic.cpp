@@ -9,6 +9,6 @@ constexpr int kWidth = 4;
 #include "quantize_kernels.h"
 }  // namespace
 
-extern const EncoderTable kGenericEncoders = kTable;
+extern const EncoderTable kEncodersGeneric = kTable;
 
 }  // namespace helexa

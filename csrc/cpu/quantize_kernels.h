@@ -205,8 +205,7 @@ Line fit_line(Column<K> g, V naive, V naive_minimum) {
   return best;
 }
 
-// --- results of a batch: codes of group `lane` at [lane * K, (lane + 1) * K), so blocks stand in order
-// ------------------
+// --- results of a batch: codes of group `lane` at [lane * K, (lane + 1) * K), so blocks stand in order ---
 
 template <int K, class Levels>
 void store_codes(Column<K> g, int c, V scale, V minimum, uint8_t* codes) {
