@@ -3,8 +3,6 @@ decode and saved states rest on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,31 +12,9 @@ from helexa_engine.ops.registry import native_core
 if native_core() is None:
     pytest.skip("the native core is not built", allow_module_level=True)
 
-from helexa_engine import _native
 from helexa_engine.ops.causal_conv1d import native
 
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an op leaves unwritten is NaN."""
-    empty = torch.empty
-
-    def poison(*shape, **options):
-        tensor = empty(*shape, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request) -> Iterator[str]:
-    before = _native.cpu_isa()
-    try:
-        _native.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.set_cpu_isa(before)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def make(lengths, *, channels=320, taps=4, seed=0) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@ decode, batching and saved states rest on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -20,33 +19,12 @@ if native_core() is None:
 from helexa_engine import _native
 from helexa_engine.ops.gated_delta_rule import native
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 # Large beside the mean square of most outputs: the division of the gated norm must not blow up the rounding errors of a few
 # small rows, which would then be all that a largest error sees.
 EPS = 1e-2
 CHUNK, CHUNK_FROM = 64, 16  # csrc/cpu/gated_delta_rule.h: the chunk form and its shortest chunk
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an op leaves unwritten is NaN."""
-    empty = torch.empty
-
-    def poison(*shape, **options):
-        tensor = empty(*shape, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request) -> Iterator[str]:
-    before = _native.cpu_isa()
-    try:
-        _native.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.set_cpu_isa(before)
 
 
 class Answer(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -84,17 +83,6 @@ def make(lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, dt
         1 + 0.2 * torch.randn(head_dim, generator=generator), 1 + 0.2 * torch.randn(head_dim, generator=generator),
         torch.cat([angles.cos(), angles.sin()], -1).float(), gated,
     )  # fmt: skip
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512"])
-def isa(request) -> Iterator[str]:
-    before = _native.cpu_isa()
-    try:
-        _native.set_cpu_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    _native.set_cpu_isa(before)
 
 
 def assert_as_good_as_the_twin(case: Case, spans=None) -> None:
