@@ -51,6 +51,12 @@ class ContextLengthExceeded(InvalidRequest):
         )
 
 
+class VisionUnsupported(InvalidRequest):
+    """The request carries a picture, sound or film, and the model reads text only."""
+
+    code = "vision_unsupported"
+
+
 class TemplateRenderFailed(HelexaError):
     """The model's chat template refused the messages, in its own words."""
 

@@ -41,7 +41,8 @@ ARROWS: dict[str, set[str]] = {
         "helexa_engine.layers", "helexa_engine.ops", "helexa_engine.quant", "helexa_engine.cache.spec",
     },
     "helexa_engine.weights": {"helexa_engine.quant", "helexa_engine.ops"},
-    "helexa_engine.text": set(),
+    "helexa_engine.text": {"helexa_engine.text.messages"},
+    "helexa_engine.text.messages": {"helexa_engine.text"},
     "helexa_engine.presets": {"helexa_engine.quant", "helexa_engine.weights"},
     "helexa_engine.runtime.sequence": set(),
     "helexa_engine.runtime.scheduler": {"helexa_engine.cache", "helexa_engine.runtime.sequence"},
@@ -61,7 +62,7 @@ ARROWS: dict[str, set[str]] = {
         "helexa_engine.weights", "helexa_engine.quant", "helexa_engine.runtime", "helexa_engine.text",
         "helexa_engine.models", "helexa_engine.ops", "helexa_engine.presets", "helexa_engine.cache",
     },
-    "helexa_server.wire": set(),
+    "helexa_server.wire": {"helexa_engine.text.messages"},
     "helexa_server": {"helexa_server", "helexa_engine.runtime.async_engine"},
 }  # fmt: skip
 

@@ -38,12 +38,14 @@ class Rendered:
 class Capabilities:
     """What a template was seen to do when it was probed.
 
-    ``thinking``: reacts to ``enable_thinking``, or opens a think block. ``tool_syntax``: how it shows calls, ``json``
-    (``{"name": ..., "arguments": ...}``) or ``xml`` (``<function=name>``); None when it does not show them.
+    ``system``: takes a system message; ``late_system``: one that is not first; ``same_role_turns``: two turns of the user, or
+    of the assistant, in a row. ``thinking``: reacts to ``enable_thinking``, or opens a think block. ``tool_syntax``: how it
+    shows calls, ``json`` (``{"name": ..., "arguments": ...}``) or ``xml`` (``<function=name>``); None when it does not show them.
     """
 
     system: bool
     late_system: bool
+    same_role_turns: bool
     tools: bool
     tool_syntax: str | None
     parallel_tool_calls: bool
@@ -135,7 +137,12 @@ class ChatTemplate:
             TemplateRenderFailed: the template refused, failed or ran out of bounds.
         """
         abilities = self.capabilities
-        turns = normalise(messages, system=abilities.system, late_system=abilities.late_system)
+        turns = normalise(
+            messages,
+            system=abilities.system,
+            late_system=abilities.late_system,
+            same_role_turns=abilities.same_role_turns,
+        )
         return self._render(turns, tools, add_generation_prompt, kwargs)
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
@@ -205,7 +212,7 @@ class ChatTemplate:
 
     @cached_property
     def capabilities(self) -> Capabilities:
-        """Found by rendering probes, once."""
+        """Found by rendering probes, once: when the model is loaded, for its :class:`~.request_processor.RequestProcessor` asks."""
         user = {"role": "user", "content": "probe-user"}
         tool = {
             "type": "function",
@@ -230,11 +237,14 @@ class ChatTemplate:
 
         system = {"role": "system", "content": "probe-system"}
         assistant = {"role": "assistant", "content": "probe-assistant"}
+        again = {"content": "probe-again"}
+        in_a_row = ([user, user | again], [user, assistant, assistant | again, user])
         called = probe(user, {"role": "assistant", "content": "", "tool_calls": calls}, *answers, tools=[tool])
         on, off = probe(user, enable_thinking=True), probe(user, enable_thinking=False)
         return Capabilities(
             system="probe-system" in probe(system, user),
             late_system="probe-system" in probe(user, assistant, system, user),
+            same_role_turns=all("probe-again" in probe(*turns) for turns in in_a_row),
             tools="probe_tool" in probe(user, tools=[tool]),
             tool_syntax="xml" if "<function=probe_call_0" in called else "json" if "probe_call_0" in called else None,
             parallel_tool_calls="probe_call_0" in called and "probe_call_1" in called,

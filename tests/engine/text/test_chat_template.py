@@ -140,7 +140,7 @@ def test_late_system_stays_in_place_when_the_template_refuses_it():
         ({"content": "x"}, r"messages\[0\].role"),
         ({"role": "user", "content": 3}, r"messages\[0\].content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, r"messages\[0\].content\[0\]"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "arguments"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "arguments"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "name"),
     ],
 )
@@ -157,13 +157,8 @@ def test_images_have_a_code_of_their_own():
 
 def test_capabilities():
     found = ChatTemplate(EACH).capabilities
-    assert (found.system, found.late_system, found.tools, found.tool_syntax, found.thinking) == (
-        True,
-        True,
-        False,
-        None,
-        False,
-    )
+    assert (found.system, found.late_system, found.same_role_turns, found.tools) == (True, True, True, False)
+    assert (found.tool_syntax, found.thinking) == (None, False)
 
 
 def test_markers_are_invisible_and_found():

@@ -34,7 +34,13 @@ def test_prompts_are_the_trained_ones(shipped, skill):
 
 def test_capabilities(shipped):
     assert shipped[1].capabilities == Capabilities(
-        system=True, late_system=False, tools=True, tool_syntax="json", parallel_tool_calls=True, thinking=True
+        system=True,
+        late_system=False,
+        same_role_turns=True,
+        tools=True,
+        tool_syntax="json",
+        parallel_tool_calls=True,
+        thinking=True,
     )
 
 
