@@ -24,6 +24,7 @@ class GenerateRequest:
         messages: chat turns, each a mapping with ``role`` and ``content`` (OpenAI's shape), rendered by the model's template.
         tools: function tools in OpenAI's shape, ``{"type": "function", "function": {...}}``.
         tool_choice: ``"none"``, ``"auto"``, ``"required"`` or the name of one function as ``{"name": ...}``.
+        parallel_tool_calls: whether a forced call may be followed by more of them.
         chat_template_kwargs: extra template variables, such as ``enable_thinking``.
         add_generation_prompt: open the assistant's turn after the messages.
         echo: repeat the prompt's text ahead of the answer (completions wire).
@@ -35,6 +36,7 @@ class GenerateRequest:
     messages: Sequence[Mapping[str, Any]] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     echo: bool = False

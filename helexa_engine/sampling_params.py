@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .errors import InvalidRequest
@@ -28,22 +28,24 @@ NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutput:
-    """A constraint on the generated text. Exactly one field is set.
+    """A constraint on the generated text. Exactly one of the first four fields is set.
 
     Attributes:
         json_schema: a JSON Schema as a dict, or as JSON text.
         json_object: any JSON object.
         regex: a regular expression in llguidance's (Rust) syntax.
         grammar: a Lark grammar in llguidance's dialect.
+        path: where the constraint stood in the request, for an error that it cannot be enforced; by default the field's name here.
     """
 
     json_schema: Mapping[str, Any] | str | None = None
     json_object: bool = False
     regex: str | None = None
     grammar: str | None = None
+    path: str = field(default="structured", compare=False)
 
     def __post_init__(self) -> None:
-        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
+        given = [f.name for f in fields(self) if f.name != "path" and getattr(self, f.name) not in (None, False)]
         if len(given) != 1:
             raise InvalidRequest(
                 "structured", f"expected exactly one of json_schema, json_object, regex, grammar; got {given}"
@@ -75,6 +77,8 @@ class SamplingParams:
         prompt_logprobs: the same for prompt tokens.
         n: number of independent answers, 1..128; answer i draws from its own stream of the seed.
         structured: grammar the answer must follow (after any reasoning).
+        thinking_budget: most tokens inside a think block, >= 0; the block is then closed for the model, which goes on with its
+            answer. None: no limit. Changes nothing where there is no thinking.
     """
 
     max_tokens: int | None = None
@@ -95,6 +99,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     structured: StructuredOutput | None = None
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -119,6 +124,7 @@ class SamplingParams:
         self._check_int("logprobs", 0, MAX_LOGPROBS)
         self._check_int("prompt_logprobs", 0, MAX_LOGPROBS)
         self._check_int("n", 1, MAX_N)
+        self._check_int("thinking_budget", 0, None)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest("stop", f"expected at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}")
         for i, stop in enumerate(self.stop):

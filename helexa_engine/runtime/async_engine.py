@@ -84,6 +84,10 @@ class AsyncEngine:
         finally:
             self._loaded.thread.abort(request.request_id)
 
+    def stop_thinking(self, request_id: str) -> bool:
+        """Ends the reasoning of a running request, which goes on with its answer. False for an unknown id."""
+        return self._loaded.thread.stop_thinking(request_id)
+
     async def aclose(self, timeout: float = 10.0) -> None:
         """Ends running requests with :class:`EngineDied` and frees the model.
 

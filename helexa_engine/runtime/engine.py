@@ -31,7 +31,8 @@ class EngineRequest:
     Attributes:
         prompt_token_ids: at least one.
         params: with defaults filled in (:meth:`SamplingParams.with_defaults`).
-        eos_token_ids: end-of-turn tokens of the model; they end an answer unless ``ignore_eos``.
+        eos_token_ids: end-of-turn tokens of the model; they end an answer unless ``ignore_eos``, and then too when a grammar is
+            complete.
         make_grammar: gives each answer a constraint of its own, or None.
         on_prompt_logits: called with (position, logits [rows, vocab_size]) for consecutive rows of the prompt; the array is
             valid during the call only.
@@ -206,6 +207,13 @@ class Engine:
             if index is None or answer.sequence.index == index:
                 self._drop(answer)
 
+    def stop_thinking(self, request_id: str) -> None:
+        """Ends the reasoning of a request's answers, which go on with what follows it. Unknown ids are no error."""
+        for answer in self._requests.get(request_id, ()):
+            stop = getattr(answer.sampler.grammar, "stop", None)
+            if stop is not None:
+                stop()
+
     def step(self) -> list[StepOutput]:
         """Computes one batch and samples. One entry for each answer that got a token, ended or failed.
 
@@ -270,7 +278,9 @@ class Engine:
         sequence.append(token_id, self._clock())
         self._generation_tokens += 1
         finish_reason: Literal["stop", "length"] | None = None
-        if token_id in answer.end_token_ids:
+        # A grammar that is finished allows end tokens alone: to ignore them would repeat them to the end of the context.
+        complete = token_id in answer.request.eos_token_ids and answer.sampler.grammar_is_finished
+        if token_id in answer.end_token_ids or complete:
             finish_reason = "stop"
         elif sequence.num_output_tokens >= sequence.max_tokens:
             finish_reason = "length"

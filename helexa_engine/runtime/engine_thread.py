@@ -82,6 +82,15 @@ class EngineThread:
                 self._commands.append(lambda: self._engine.abort(request_id))
                 self._wake.notify()
 
+    def stop_thinking(self, request_id: str) -> bool:
+        """Ends the reasoning of a request before the next step. False for an unknown id."""
+        with self._wake:
+            if request_id not in self._running:
+                return False
+            self._commands.append(lambda: self._engine.stop_thinking(request_id))
+            self._wake.notify()
+            return True
+
     def stats(self) -> EngineStats:
         """Never waits for a step."""
         return self._engine.stats()

@@ -5,7 +5,8 @@ Operations on one row of logits, in this order (the filters as HuggingFace order
 1. ``logit_bias`` is added;
 2. ``repetition_penalty`` over prompt and output (Keskar et al., 2019: divide positive logits, multiply negative ones), then
    ``frequency_penalty`` and ``presence_penalty`` over the output (as in OpenAI's API);
-3. while fewer than ``min_tokens`` are generated, end-of-turn and stop token ids are masked;
+3. while fewer than ``min_tokens`` are generated, end-of-turn and stop token ids are masked, unless the grammar leaves nothing
+   else;
 4. the grammar's mask;
 5. ``temperature`` (0 ends here with the largest logit, the lowest id among equals);
 6. ``top_k``: exactly k tokens, lower ids first among equals;
@@ -53,6 +54,9 @@ class Grammar(Protocol):
 
     def accept(self, token_id: int) -> None:
         """Advances by the sampled token."""
+
+    def is_finished(self) -> bool:
+        """Whether nothing but an end-of-turn token can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,11 @@ class Sampler:
             for token_id in set(prompt_token_ids):
                 self._seen.add(token_id)
 
+    @property
+    def grammar_is_finished(self) -> bool:
+        """Whether a grammar lets nothing but an end-of-turn token follow."""
+        return self.grammar is not None and self.grammar.is_finished()
+
     def sample(self, logits: Logits) -> tuple[int, Logprobs | None]:
         """The next token, and its log probabilities if they were asked for.
 
@@ -160,7 +169,7 @@ class Sampler:
         if self._output is not None:
             ids, counts = self._output.view()
             logits[ids] -= counts * np.float32(self._frequency) + np.float32(self._presence)
-        if self.num_generated < self.params.min_tokens:
+        if self.num_generated < self.params.min_tokens and not self.grammar_is_finished:
             logits[self._end_ids] = -np.inf
         if self.grammar is not None:
             self.grammar.apply(logits)

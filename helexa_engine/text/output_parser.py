@@ -33,6 +33,7 @@ OPEN_PARAMETER, CLOSE_PARAMETER = "<parameter=", "</parameter>"
 _AFTER_CALL = (
     " \t\r\n}"  # what may stand between a call and its end tag: space, and closing brackets that are one too many
 )
+_MAX_REFERENCES = 8  # in a row, in a schema
 _MAX_NAME = 512  # characters of a function or parameter name; more is no name
 
 
@@ -309,6 +310,7 @@ class OutputParser:
         self._give(call.take())
         if call.done:
             self._end_call(self._after_call)
+            self._unread.extendleft(reversed(call.unread))
 
     def _give(self, out: tuple[str | None, str]) -> None:
         name, fragment = out
@@ -518,16 +520,21 @@ class _JsonCall(_Call):
 
 
 class _XmlCall(_Call):
-    """``<function=f>`` with ``<parameter=key>`` elements. Values become JSON of the type the tool's schema says."""
+    """``<function=f>`` with ``<parameter=key>`` elements. Values become JSON of the type the tool's schema says.
+
+    A value that is a string is given out as it comes; any other when it is complete. A value whose own end tag is missing
+    ends with its call if the call is the last thing said, or if another one follows; otherwise such tags are text.
+    """
 
     def __init__(self, tools: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__()
         self._tools = tools
         self._state = "function"
-        self._text = ""
+        self._text = ""  # read and not given out
         self._first = True
-        self._string = False
         self._key = ""
+        self._string: bool | None = False  # whether the value is a string; None: its first words will tell
+        self._string_begun = False
 
     def feed(self, char: str) -> None:
         self._text += char
@@ -549,9 +556,7 @@ class _XmlCall(_Call):
                 if not tag:
                     return
                 if tag in (CLOSE_FUNCTION, CLOSE_CALL):
-                    self._out += "}"
-                    self.done = True
-                    self._state = "done"
+                    self._end()
                 elif tag.startswith(OPEN_PARAMETER):
                     if tag.endswith(">"):
                         self._parameter_begins(tag.removeprefix(OPEN_PARAMETER)[:-1].strip())
@@ -560,28 +565,58 @@ class _XmlCall(_Call):
                 elif not any(known.startswith(tag) for known in (CLOSE_FUNCTION, CLOSE_CALL, OPEN_PARAMETER)):
                     self._broken()
             case "value":
-                if self._text.endswith(CLOSE_PARAMETER):
-                    self._value_ends(self._text.removesuffix(CLOSE_PARAMETER))
-                elif self._string:
-                    held = _overlap(self._text, CLOSE_PARAMETER)
-                    # One newline before the end tag belongs to the tag.
-                    certain = len(self._text) - held
-                    certain -= certain > 0 and self._text[certain - 1] == "\n"
-                    if certain > 0:
-                        self._give_string(self._text[:certain])
-                        self._text = self._text[certain:]
+                self._value()
 
     def _parameter_begins(self, key: str) -> None:
         self._key = key
         self._out += ("" if self._first else ", ") + json.dumps(key, ensure_ascii=False) + ": "
         self._first = False
-        types = _types(self._schema().get("properties", {}).get(key))
-        self._string = types == {"string"}
+        types = types_of(self._value_schema(), self._schema())
+        self._string = True if types == {"string"} else None if types <= {"string", "null"} else False
         self._text, self._state = "", "value"
         self._string_begun = False
 
     def _schema(self) -> Mapping[str, Any]:
         return self._tools.get(self._name or "", {})
+
+    def _value_schema(self) -> Any:
+        properties = self._schema().get("properties")
+        return properties.get(self._key) if isinstance(properties, Mapping) else None
+
+    def _value(self) -> None:
+        held = self._tag_begins()
+        tail = self._text[held:]
+        if tail == CLOSE_PARAMETER:
+            self._value_ends(self._text[:held])
+        elif _follows_a_call(tail):
+            self._value_ends(self._text[:held])
+            self.unread = tail.removeprefix(CLOSE_FUNCTION)
+            self._end()
+        else:
+            # One newline before the end tag belongs to the tag.
+            certain = held - (held > 0 and self._text[held - 1] == "\n")
+            if self._string is None:
+                self._string = self._is_string(self._text[:certain])
+            if self._string and certain > 0:
+                self._give_string(self._text[:certain])
+                self._text = self._text[certain:]
+
+    def _tag_begins(self) -> int:
+        """Where in the unread text an end tag stands, or may come to stand."""
+        place = self._text.find("<")
+        while place >= 0:
+            tail = self._text[place:]
+            if CLOSE_PARAMETER.startswith(tail) or _may_follow_a_call(tail):
+                return place
+            place = self._text.find("<", place + 1)
+        return len(self._text)
+
+    def _is_string(self, text: str) -> bool | None:
+        """What the beginning of a value says where the schema leaves it open: a string, or else null, or else JSON's brackets."""
+        word = text.strip().lower()
+        if types_of(self._value_schema(), self._schema()):
+            return None if "null".startswith(word) or "none".startswith(word) else True
+        return None if not word else word[0] not in "{["
 
     def _give_string(self, text: str) -> None:
         if not self._string_begun:
@@ -600,8 +635,13 @@ class _XmlCall(_Call):
             self._out += escape_json(text.removesuffix("\n")) + '"'
         else:
             value = text.removeprefix("\n").removesuffix("\n")
-            self._out += coerce(value, self._schema().get("properties", {}).get(self._key))
+            self._out += coerce(value, self._value_schema(), self._schema())
         self._text, self._state = "", "between"
+
+    def _end(self) -> None:
+        self._out += "}"
+        self.done = True
+        self._state = "done"
 
     def _broken(self) -> None:
         self.unread = self._text
@@ -609,16 +649,39 @@ class _XmlCall(_Call):
 
     def close(self) -> tuple[str | None, str]:
         if self._state == "value":
-            self._value_ends(self._text[: len(self._text) - _overlap(self._text, CLOSE_PARAMETER)])
+            self._value_ends(self._text[: self._tag_begins()])
         if self._state == "between":
-            self._out += "}"
-        self._state = "done"
+            self._end()
         return self.take()
 
 
-def coerce(text: str, schema: Any) -> str:
-    """JSON text of a parameter value as ``schema`` wants it; a value that fits no type of the schema stays a string."""
-    types = _types(schema)
+#: What stands between two calls, each tag after white space, of which the first may be left out.
+_BETWEEN_CALLS = (CLOSE_FUNCTION, CLOSE_CALL, OPEN_CALL, OPEN_FUNCTION)
+
+
+def _may_follow_a_call(text: str) -> bool:
+    """Whether ``text`` begins as the tags that end a call and begin the next do."""
+    tags = _BETWEEN_CALLS if CLOSE_FUNCTION.startswith(text[: len(CLOSE_FUNCTION)]) else _BETWEEN_CALLS[1:]
+    for tag in tags:
+        if tag.startswith(text):
+            return True
+        if not text.startswith(tag):
+            return False
+        text = text[len(tag) :].lstrip()
+    return False
+
+
+def _follows_a_call(text: str) -> bool:
+    """Whether ``text`` is all of the tags that end a call and begin the next."""
+    return text.endswith(OPEN_FUNCTION) and _may_follow_a_call(text)
+
+
+def coerce(text: str, schema: Any, root: Mapping[str, Any] | None = None) -> str:
+    """JSON text of a parameter value as ``schema`` wants it; a value that fits no type of the schema stays a string.
+
+    ``root`` is the schema that references in ``schema`` point into.
+    """
+    types = types_of(schema, root)
     word = text.strip()
     if word.lower() in ("null", "none") and "null" in types:
         return "null"
@@ -642,9 +705,10 @@ def coerce(text: str, schema: Any) -> str:
     return '"' + escape_json(text) + '"'
 
 
-def _types(schema: Any) -> set[str]:
-    """JSON types a schema allows; empty when it does not say."""
-    if not isinstance(schema, Mapping):
+def types_of(schema: Any, root: Mapping[str, Any] | None = None, depth: int = 0) -> set[str]:
+    """JSON types a schema allows; empty when it does not say. ``root`` is the schema that its references point into."""
+    schema = resolved(schema, root or {})
+    if depth > _MAX_REFERENCES:
         return set()
     kind = schema.get("type")
     if isinstance(kind, str):
@@ -652,12 +716,30 @@ def _types(schema: Any) -> set[str]:
     if isinstance(kind, Sequence):
         return {item for item in kind if isinstance(item, str)}
     found: set[str] = set()
-    for key in ("anyOf", "oneOf"):
+    for key in ("anyOf", "oneOf", "allOf"):
         branches = schema.get(key)
         for branch in branches if isinstance(branches, Sequence) else ():
-            found |= _types(branch)
+            found |= types_of(branch, root, depth + 1)
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return found | {_TYPE_NAMES[type(value)] for value in values if type(value) in _TYPE_NAMES}
+    found |= {_TYPE_NAMES[type(value)] for value in values if type(value) in _TYPE_NAMES}
+    if not found and "properties" in schema:
+        return {"object"}
+    return found or ({"array"} if "items" in schema else set())
+
+
+def resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``schema``, or what it refers to inside ``root``; empty for what is no schema or refers to nothing."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping):
+            return {}
+        reference = schema.get("$ref")
+        if not isinstance(reference, str):
+            return schema
+        schema = root if reference.startswith("#") else None
+        for name in reference.removeprefix("#").split("/")[1:]:
+            name = name.replace("~1", "/").replace("~0", "~")
+            schema = schema.get(name) if isinstance(schema, Mapping) else None
+    return {}
 
 
 def _tool_signature(tool: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -4,6 +4,7 @@ token ids into events. Offline and served generation go through these two and no
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,11 @@ from .chat_template import ChatTemplate
 from .detokenizer import Detokenizer
 from .output_parser import CLOSE_THINK, OPEN_THINK, CallArguments, CallStart, Content, OutputParser, Piece, Reasoning
 from .stop_checker import StopChecker
-from .structured import GrammarCompiler, GrammarState, Thinking
+from .structured import GrammarCompiler, GrammarState
+from .thinking import Thinking, ThinkingControl
 from .tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class PreparedRequest:
         prompt_token_ids: the rendered and encoded prompt.
         params: with the model's defaults filled in.
         eos_token_ids: end-of-turn tokens of the model.
-        make_grammar: gives each answer its own constraint; None when the answer is free.
+        make_grammar: gives each answer its own constraint, the end of its thinking included; None when nothing holds it.
         make_output: gives answer ``index`` its own :class:`OutputProcessor`.
         prompt_text: the prompt's text, when the request asked for ``echo``.
     """
@@ -48,7 +52,7 @@ class PreparedRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     eos_token_ids: frozenset[int]
-    make_grammar: Callable[[], GrammarState] | None
+    make_grammar: Callable[[], GrammarState | ThinkingControl] | None
     make_output: Callable[[int], OutputProcessor]
     prompt_text: str | None = None
 
@@ -67,6 +71,8 @@ class RequestProcessor:
         self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
         self.grammars = GrammarCompiler(tokenizer)
+        if chat_template is not None:
+            log.info("chat template: %s", chat_template.capabilities)
 
     def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Raises :class:`InvalidRequest` and :class:`TemplateRenderFailed`; the length of the prompt is the engine's to judge."""
@@ -192,27 +198,46 @@ class RequestProcessor:
         params: SamplingParams,
         tools: Sequence[Mapping[str, Any]] | None,
         thinking: Thinking,
-    ) -> Callable[[], GrammarState] | None:
-        """Compiles once here, so that a bad schema is refused before anything is computed; the answers get copies."""
-        choice = request.tool_choice
-        if tools and choice != "auto":
-            if params.structured is not None:
-                raise InvalidRequest("tool_choice", "a forced tool call cannot be combined with structured output")
-            if isinstance(choice, Mapping):
-                named = choice.get("name") or choice["function"]["name"]
-                tools = [tool for tool in tools if tool["function"]["name"] == named]
-            syntax = self._template().capabilities.tool_syntax or "json"
+    ) -> Callable[[], GrammarState | ThinkingControl] | None:
+        """Compiles here, so that a bad schema is refused before anything is computed and nobody waits for it; answers get copies."""
+        first = self._grammar(request, params, tools, thinking)
+        if self.grammars.thinking_control(thinking, None, None) is not None:
 
-            def make() -> GrammarState:
-                return self.grammars.compile_tool_calls(tools, syntax=syntax, thinking=thinking)
-        elif (spec := params.structured) is not None:
+            def control() -> ThinkingControl:
+                made = self.grammars.thinking_control(
+                    thinking, params.thinking_budget, None if first is None else first.copy()
+                )
+                assert made is not None
+                return made
 
-            def make() -> GrammarState:
+            return control
+        return None if first is None else first.copy
+
+    def _grammar(
+        self,
+        request: GenerateRequest,
+        params: SamplingParams,
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: Thinking,
+    ) -> GrammarState | None:
+        """The constraint of the request, at its beginning."""
+        choice, spec = request.tool_choice, params.structured
+        if not tools:
+            return None if spec is None else self.grammars.compile(spec, thinking)
+        several, answer = request.parallel_tool_calls, None
+        if choice == "auto":
+            if spec is None:
+                return None
+            if spec.json_schema is None and not spec.json_object:  # cannot stand beside calls in one grammar
                 return self.grammars.compile(spec, thinking)
-        else:
-            return None
-        make()
-        return make
+            answer = spec
+        elif spec is not None:
+            raise InvalidRequest("tool_choice", "a forced tool call cannot be combined with structured output")
+        if isinstance(choice, Mapping):
+            named = choice.get("name") or choice["function"]["name"]
+            tools, several = [tool for tool in tools if tool["function"]["name"] == named], False
+        syntax = self._template().capabilities.tool_syntax or "json"
+        return self.grammars.compile_tool_calls(tools, syntax=syntax, thinking=thinking, several=several, answer=answer)
 
     def token_logprob(
         self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]] = ()

@@ -18,11 +18,18 @@ import numpy.typing as npt
 
 from ..errors import HelexaError, InvalidRequest
 from ..sampling_params import StructuredOutput
-from .output_parser import CLOSE_CALL, CLOSE_FUNCTION, CLOSE_PARAMETER, CLOSE_THINK, OPEN_CALL, OPEN_THINK
+from .output_parser import (
+    CLOSE_CALL,
+    CLOSE_FUNCTION,
+    CLOSE_PARAMETER,
+    CLOSE_THINK,
+    OPEN_CALL,
+    OPEN_THINK,
+    resolved,
+    types_of,
+)
+from .thinking import Thinking, ThinkingControl
 from .tokenizer import Tokenizer
-
-#: Whether the prompt leaves a think block open, or the model may open one itself.
-Thinking = Literal["no", "open", "may_open"]
 
 _CACHED_GRAMMARS = 64
 
@@ -41,13 +48,14 @@ class GrammarFailed(HelexaError):
 class GrammarState:
     """The constraint on one answer: masks tokens, then is told which one was sampled.
 
-    It begins after the reasoning: while a think block is open everything is allowed; the model may open one as its first
-    token if ``thinking`` is ``may_open``; and one blank line may stand between ``</think>`` and the constrained text, as
-    Qwen's models write it.
+    It begins after the reasoning: while a think block is open everything is allowed but the end of the turn, which would leave
+    the constraint unmet; the model may open one as its first token if ``thinking`` is ``may_open``; and one blank line may
+    stand between ``</think>`` and the constrained text, as Qwen's models write it.
     """
 
     def __init__(self, matcher: Any, compiler: GrammarCompiler, thinking: Thinking) -> None:
         self._matcher = matcher
+        self._thinking: Thinking = thinking
         self._compiler = compiler
         self._phase: Literal["first", "thinking", "gap", "grammar", "ended"] = "grammar"
         if compiler.close_think is not None:
@@ -56,10 +64,16 @@ class GrammarState:
             elif thinking == "may_open" and compiler.open_think is not None:
                 self._phase = "first"
 
+    def copy(self) -> GrammarState:
+        """The same constraint for another answer. Only of a state that has not advanced yet."""
+        return GrammarState(self._matcher.deep_copy(), self._compiler, self._thinking)
+
     def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
         """Writes the allowed tokens into ``mask``, int32 [(tokenizer.vocab_size + 31) // 32], bit i % 32 of word i // 32."""
         if self._phase == "thinking":
             mask[:] = -1
+            for token_id in self._compiler.eos_token_ids:
+                mask.view(np.uint32)[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
             return
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._check()
@@ -70,6 +84,7 @@ class GrammarState:
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         """Sets the logits [vocab_size] of tokens that may not come next to -inf, in place. Padding entries may not."""
         if self._phase == "thinking":
+            logits[list(self._compiler.eos_token_ids)] = -np.inf
             return
         mask = self._compiler.new_mask()
         self.fill_mask(mask)
@@ -118,43 +133,62 @@ class GrammarCompiler:
         ids = self._tokenizer.encode("\n\n")
         return ids[0] if len(ids) == 1 else None
 
+    def thinking_control(
+        self, thinking: Thinking, budget: int | None, constraint: GrammarState | None
+    ) -> ThinkingControl | None:
+        """Ends the thinking of one answer and then leaves it to ``constraint``; None where there is no thinking."""
+        if thinking == "no" or self.close_think is None:
+            return None
+        blank_line = [] if self.blank_line is None else [self.blank_line]
+        return ThinkingControl(
+            thinking=thinking,
+            open_think=self.open_think,
+            close_think=self.close_think,
+            closing=[*self._tokenizer.encode("\n"), self.close_think, *blank_line],
+            budget=budget,
+            constraint=constraint,
+        )
+
     def new_mask(self) -> npt.NDArray[np.int32]:
         return np.zeros((self.vocab_size + 31) // 32, np.int32)
 
-    def compile(self, spec: StructuredOutput, thinking: Thinking = "no", path: str = "structured") -> GrammarState:
+    def compile(self, spec: StructuredOutput, thinking: Thinking = "no") -> GrammarState:
         """The constraint of ``spec``, at its beginning. Raises :class:`InvalidRequest` naming what is not supported."""
-        if spec.json_object:
-            return self._state("json_schema", '{"type": "object"}', f"{path}.json_object", thinking)
-        if spec.json_schema is not None:
-            path = f"{path}.json_schema"
-            schema = spec.json_schema
-            if isinstance(schema, str):
-                try:
-                    schema = json.loads(schema)
-                except (ValueError, RecursionError) as error:
-                    raise InvalidRequest(path, f"expected a JSON Schema, got invalid JSON: {error}") from None
-            if not isinstance(schema, Mapping):
-                raise InvalidRequest(path, f"expected a JSON Schema object, got {schema!r:.80}")
-            try:
-                text = json.dumps(schema)
-            except (TypeError, ValueError, RecursionError) as error:
-                raise InvalidRequest(path, f"expected a JSON Schema of JSON values: {error}") from None
-            return self._state("json_schema", text, path, thinking)
+        if spec.json_object or spec.json_schema is not None:
+            return self._state("json_schema", json.dumps(_json_schema(spec)), _path(spec), thinking)
         if spec.regex is not None:
-            return self._state("regex", spec.regex, f"{path}.regex", thinking)
+            return self._state("regex", spec.regex, _path(spec), thinking)
         assert spec.grammar is not None
-        return self._state("lark", spec.grammar, f"{path}.grammar", thinking)
+        return self._state("lark", spec.grammar, _path(spec), thinking)
 
     def compile_tool_calls(
-        self, tools: Sequence[Mapping[str, Any]], *, syntax: str = "json", thinking: Thinking = "no"
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        syntax: str = "json",
+        thinking: Thinking = "no",
+        several: bool = True,
+        answer: StructuredOutput | None = None,
     ) -> GrammarState:
-        """One or more calls of ``tools`` and nothing else, in the template's ``syntax`` (``json`` or ``xml``).
+        """Calls of ``tools`` and nothing else, in the template's ``syntax`` (``json`` or ``xml``).
 
-        Schema keywords that cannot be enforced are left to the model: the caller forced a call, not a validation.
+        Schema keywords of a tool that cannot be enforced are left to the model: the caller forced a call, not a validation.
+
+        Args:
+            several: whether more than one call may be made.
+            answer: JSON that may be given instead of a call; its schema is enforced whole.
         """
-        write = _xml_calls if syntax == "xml" else _json_calls
         known = {tag for tag in (OPEN_CALL, CLOSE_CALL) if self._tokenizer.token_id(tag) is not None}
-        return self._state("lark", write(tools, known), "tools", thinking)
+        rules = (_xml_calls if syntax == "xml" else _json_calls)(tools, known)
+        calls = 'calls: call ("\\n" call)*' if several else "calls: call"
+        if answer is None:
+            return self._state("lark", f"start: calls\n{calls}\n{rules}", "tools", thinking)
+        # By itself first: what is not supported in it is to be named, and not taken for a fault of the tools.
+        self._state("json_schema", json.dumps(schema := _json_schema(answer)), _path(answer), thinking)
+        text = json.dumps(schema | {"x-guidance": _JSON})
+        return self._state(
+            "lark", f"start: calls | answer\nanswer: %json {text}\n{calls}\n{rules}", _path(answer), thinking
+        )
 
     def _state(self, kind: str, text: str, path: str, thinking: Thinking) -> GrammarState:
         with self._lock:
@@ -199,7 +233,35 @@ class GrammarCompiler:
         return LLTokenizer(TokenizerWrapper(Adapter()), eos_token=ends)
 
 
+def _path(spec: StructuredOutput) -> str:
+    """Where the request has the constraint."""
+    if spec.path != "structured":
+        return spec.path
+    names = ("json_schema", "json_object", "regex", "grammar")
+    return "structured." + next(name for name in names if getattr(spec, name) not in (None, False))
+
+
+def _json_schema(spec: StructuredOutput) -> dict[str, Any]:
+    """The schema of a constraint to JSON, of JSON values. Raises :class:`InvalidRequest`."""
+    schema, path = spec.json_schema, _path(spec)
+    if spec.json_object:
+        return {"type": "object"}
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(path, f"expected a JSON Schema, got invalid JSON: {error}") from None
+    if not isinstance(schema, Mapping):
+        raise InvalidRequest(path, f"expected a JSON Schema object, got {schema!r:.80}")
+    try:
+        json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(path, f"expected a JSON Schema of JSON values: {error}") from None
+    return dict(schema)
+
+
 def _json_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
+    """Rules ``call`` and below. One JSON Schema for all tools: the library then decides by the name which arguments follow."""
     branches: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for i, tool in enumerate(tools):
@@ -216,33 +278,44 @@ def _json_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
         )
     schema = {"anyOf": branches, "$defs": definitions, "x-guidance": _LENIENT}
     begin, end = _tag(OPEN_CALL, special), _tag(CLOSE_CALL, special)
-    return f'start: call ("\\n" call)*\ncall: {begin} "\\n" object "\\n" {end}\nobject: %json {json.dumps(schema)}\n'
+    return f'call: {begin} "\\n" object "\\n" {end}\nobject: %json {json.dumps(schema)}\n'
 
 
 def _xml_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
+    """Rules ``call`` and below: parameters in the order of the schema. Values that can be strings stand bare and are free text (or
+    one of the words the schema lists); all others are JSON."""
     rules = []
     for i, tool in enumerate(tools):
         function = tool.get("function", tool)
-        parameters = function.get("parameters") or {}
+        parameters, definitions = _hoisted(function.get("parameters") or {}, "")
         required = set(parameters.get("required") or ())
         parts = [json.dumps(f"<function={function['name']}>\n")]
         for k, (key, schema) in enumerate((parameters.get("properties") or {}).items()):
             rule = f"value_{i}_{k}"
             head, tail = json.dumps(f"<parameter={key}>\n"), json.dumps(f"\n{CLOSE_PARAMETER}\n")
-            if isinstance(schema, Mapping) and schema.get("type") not in (None, "string"):
-                value, _ = _hoisted(schema, "")
-                value["$defs"] = parameters.get("$defs", {})
-                value["x-guidance"] = _LENIENT
-                rules.append(f"{rule}: %json {json.dumps(value)} {tail}")
-            else:
+            words = _words(schema, definitions)
+            if words:
+                rules.append(f"{rule}: ({' | '.join(map(json.dumps, words))}) {tail}")
+            elif "string" in (kinds := types_of(schema, {"$defs": definitions})) or not kinds:
                 rules.append(f"{rule}[suffix={tail}]: /(?s:.*)/")
+            else:
+                value = dict(schema) | {"$defs": definitions, "x-guidance": _LENIENT}
+                rules.append(f"{rule}: %json {json.dumps(value)} {tail}")
             parts.append(f"({head} {rule})" + ("" if key in required else "?"))
         parts.append(json.dumps(CLOSE_FUNCTION))
         rules.append(f"function_{i}: " + " ".join(parts))
     begin, end = _tag(OPEN_CALL, special), _tag(CLOSE_CALL, special)
     choice = " | ".join(f"function_{i}" for i in range(len(tools)))
-    head = f'start: call ("\\n" call)*\ncall: {begin} "\\n" ({choice}) "\\n" {end}\n'
-    return head + "\n".join(rules) + "\n"
+    return f'call: {begin} "\\n" ({choice}) "\\n" {end}\n' + "\n".join(rules) + "\n"
+
+
+def _words(schema: Any, definitions: Mapping[str, Any]) -> list[str]:
+    """The strings that a schema lists as all there is; none if it does not."""
+    schema = resolved(schema, {"$defs": definitions})
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list) and values and all(isinstance(value, str) and value for value in values):
+        return values
+    return []
 
 
 def _tag(tag: str, special: set[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     grammar: str | None = None
 
     def sampling_params(
-        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        thinking_budget: int | None = None,
     ) -> SamplingParams:
         """Checked sampling settings. ``max_tokens`` -1 is llama-server's "no limit". Raises :class:`InvalidRequest`."""
         return SamplingParams(
@@ -69,15 +74,18 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             prompt_logprobs=prompt_logprobs,
             n=1 if self.n is None else self.n,
             structured=self.structured_output(),
+            thinking_budget=thinking_budget,
         )
 
     def structured_output(self) -> StructuredOutput | None:
         """The one constraint of ``response_format``, ``json_schema``, ``regex`` and ``grammar``, if any."""
         constraints = {
             "response_format": _response_format(self.response_format),
-            "json_schema": None if self.json_schema is None else StructuredOutput(json_schema=self.json_schema),
-            "regex": None if self.regex is None else StructuredOutput(regex=self.regex),
-            "grammar": None if self.grammar is None else StructuredOutput(grammar=self.grammar),
+            "json_schema": (
+                None if self.json_schema is None else StructuredOutput(json_schema=self.json_schema, path="json_schema")
+            ),
+            "regex": None if self.regex is None else StructuredOutput(regex=self.regex, path="regex"),
+            "grammar": None if self.grammar is None else StructuredOutput(grammar=self.grammar, path="grammar"),
         }
         given = [name for name, constraint in constraints.items() if constraint is not None]
         if len(given) > 1:
@@ -112,7 +120,44 @@ def _response_format(response_format: dict[str, Any] | None) -> StructuredOutput
         raise InvalidRequest("response_format.type", f"expected text, json_object or json_schema, got {kind!r:.80}")
     if not isinstance(schema, dict):
         raise InvalidRequest(path, f"expected a JSON Schema object, got {schema!r:.80}")
-    return StructuredOutput(json_schema=schema)
+    return StructuredOutput(json_schema=schema, path=path)
+
+
+#: Most tokens of thinking for an effort; None is no limit. ``none`` turns thinking off.
+EFFORTS: dict[str, int | None] = {
+    "none": 0,
+    "minimal": 512,
+    "low": 2048,
+    "medium": None,
+    "high": None,
+    "xhigh": None,
+    "max": None,
+}
+
+
+def thinking_options(
+    effort: str | None,
+    budget: int | None = None,
+    enabled: bool | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], int | None]:
+    """Template variables and the budget of thinking tokens that the ways to ask for thinking come to.
+
+    An effort is Qwen's ``enable_thinking`` (``none`` turns it off, every other on), a budget, and is shown to templates that have
+    a variable of that name. What is said more plainly wins: a budget (-1 is none, as in llama-server) over the effort's,
+    ``template_kwargs`` over all. Raises :class:`InvalidRequest`.
+    """
+    kwargs: dict[str, Any] = {}
+    if effort is not None:
+        if effort not in EFFORTS:
+            raise InvalidRequest("reasoning_effort", f"expected one of {', '.join(EFFORTS)}; got {effort!r:.80}")
+        kwargs = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    if enabled is not None:
+        kwargs["enable_thinking"] = enabled
+    kwargs |= template_kwargs or {}
+    if budget is None and effort not in (None, "none") and kwargs["enable_thinking"]:
+        budget = EFFORTS[str(effort)]
+    return kwargs, None if budget == -1 else budget
 
 
 def check_logprobs(path: str, value: int | None) -> int | None:

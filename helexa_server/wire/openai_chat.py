@@ -6,8 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from helexa_engine.errors import InvalidRequest
 from helexa_engine.events import (
     Completion,
@@ -24,49 +22,32 @@ from helexa_engine.events import (
     ToolCallStart,
 )
 from helexa_engine.generate_request import GenerateRequest
+from helexa_engine.text.messages import read_turns
 
 from .frame import Call, Frame, decode, json_frame
-from .openai import Accounts, SamplingFields, chat_logprobs, check_logprobs, error_body
+from .openai import Accounts, SamplingFields, chat_logprobs, check_logprobs, error_body, thinking_options
 
 __all__ = ["Projector", "build_response", "error_body", "parse_request"]
 
 log = logging.getLogger(__name__)
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-TEXT_PARTS = ("text", "input_text", "output_text")
-IMAGE_PARTS = ("image_url", "input_image", "image")
-
-
-class VisionUnsupported(InvalidRequest):
-    """The request carries an image and the model reads text only."""
-
-    code = "vision_unsupported"
-
-
-class Function(msgspec.Struct):
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-
-class MessageToolCall(msgspec.Struct):
-    function: Function
-    id: str | None = None
-
-
-class Message(msgspec.Struct):
-    """One turn. ``content`` is checked by hand: text, parts or, where there may be nothing to say, null."""
-
-    role: str
-    content: Any = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
+#: What is read of a message; other fields, of which clients send back many from an answer, are left alone.
+MESSAGE_FIELDS = (
+    "role",
+    "content",
+    "reasoning_content",
+    "reasoning",
+    "reasoning_details",
+    "thinking_blocks",
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "name",
+)
 
 
 class ChatBody(SamplingFields, kw_only=True):
-    messages: list[msgspec.Raw]  # decoded one by one, so that an error can name the index
+    messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -74,8 +55,18 @@ class ChatBody(SamplingFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: int | None = None
+    thinking_token_budget: int | None = None
+    thinking_budget_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Under the name that Qwen's API has for it, that vLLM has, or that llama-server has."""
+        given = (self.thinking_budget, self.thinking_token_budget, self.thinking_budget_tokens)
+        return next((budget for budget in given if budget is not None), None)
 
 
 def parse_request(body: bytes) -> Call:
@@ -83,13 +74,21 @@ def parse_request(body: bytes) -> Call:
     chat = decode(body, ChatBody)
     max_tokens = chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens
     tools = _tools(chat.tools)
+    template_kwargs, thinking_budget = thinking_options(
+        chat.reasoning_effort, chat.budget, chat.enable_thinking, chat.chat_template_kwargs
+    )
     request = GenerateRequest(
-        messages=[_message(raw, f"messages[{i}]") for i, raw in enumerate(chat.messages)],
+        messages=read_turns(
+            [{key: message[key] for key in MESSAGE_FIELDS if key in message} for message in chat.messages]
+        ),
         tools=tools,
         tool_choice=_tool_choice(chat.tool_choice, tools),
-        chat_template_kwargs=_template_kwargs(chat),
+        parallel_tool_calls=chat.parallel_tool_calls is not False,
+        chat_template_kwargs=template_kwargs,
         add_generation_prompt=chat.add_generation_prompt is not False,
-        sampling_params=chat.sampling_params(max_tokens=max_tokens, logprobs=_logprobs(chat)),
+        sampling_params=chat.sampling_params(
+            max_tokens=max_tokens, logprobs=_logprobs(chat), thinking_budget=thinking_budget
+        ),
     )
     return Call(
         model=chat.model,
@@ -98,66 +97,6 @@ def parse_request(body: bytes) -> Call:
         include_usage=chat.include_usage,
         parallel_tool_calls=chat.parallel_tool_calls is not False,
     )
-
-
-def _message(raw: msgspec.Raw, path: str) -> dict[str, Any]:
-    """A turn in the shape chat templates iterate: text content, null kept only beside tool calls."""
-    message = decode(raw, Message, path)
-    if message.role not in ROLES:
-        raise InvalidRequest(f"{path}.role", f"expected one of {', '.join(ROLES)}; got {message.role!r:.80}")
-    content = _content(message.content, f"{path}.content")
-    if content is None and message.role not in ("assistant", "tool"):
-        raise InvalidRequest(f"{path}.content", f"expected text or parts in a {message.role} message, got null")
-    turn: dict[str, Any] = {"role": message.role, "content": content}
-    if message.role == "assistant":
-        reasoning = message.reasoning_content or message.reasoning
-        if reasoning:
-            turn["reasoning_content"] = reasoning
-        if message.tool_calls:
-            turn["tool_calls"] = [
-                _tool_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
-            ]
-        elif content is None:
-            turn["content"] = ""
-    elif message.role == "tool":
-        turn["content"] = content or ""
-        if message.tool_call_id is not None:
-            turn["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        turn["name"] = message.name
-    return turn
-
-
-def _content(content: Any, path: str) -> str | None:
-    """Text as it is; text parts joined by newlines, as vLLM and llama-server do; unknown parts skipped with one log line."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InvalidRequest(path, f"expected text, a list of parts or null, got {type(content).__name__}")
-    texts = []
-    for i, part in enumerate(content):
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or not isinstance(kind, str):
-            raise InvalidRequest(f"{path}[{i}]", "expected an object with a type")
-        if kind in IMAGE_PARTS:
-            raise VisionUnsupported(f"{path}[{i}]", "this model reads text only; remove the image")
-        if kind not in TEXT_PARTS:
-            log.warning("skipped %s[%d]: unknown content part %.80r", path, i, kind)
-        elif isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            raise InvalidRequest(f"{path}[{i}].text", f"expected a string, got {part.get('text')!r:.80}")
-    return "\n".join(texts)
-
-
-def _tool_call(raw: msgspec.Raw, path: str) -> dict[str, Any]:
-    call = decode(raw, MessageToolCall, path)
-    arguments = {} if call.function.arguments is None else call.function.arguments
-    turn: dict[str, Any] = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-    return turn if call.id is None else {"id": call.id, **turn}
 
 
 def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
@@ -194,13 +133,6 @@ def _tool_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]
     if name not in [tool["function"]["name"] for tool in tools or ()]:
         raise InvalidRequest("tool_choice.function.name", f"{name!r:.80} is not among tools")
     return {"name": name}
-
-
-def _template_kwargs(chat: ChatBody) -> dict[str, Any]:
-    """``reasoning_effort`` is Qwen's ``enable_thinking``: none turns it off, any effort on. Explicit kwargs win."""
-    if chat.reasoning_effort is None:
-        return dict(chat.chat_template_kwargs or {})
-    return {"enable_thinking": chat.reasoning_effort != "none", **(chat.chat_template_kwargs or {})}
 
 
 def _logprobs(chat: ChatBody) -> int | None:

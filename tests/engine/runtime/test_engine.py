@@ -194,6 +194,9 @@ def test_a_grammar_that_raises_fails_its_request_only() -> None:
 
         def accept(self, token_id: int) -> None: ...
 
+        def is_finished(self) -> bool:
+            return False
+
     bad = EngineRequest("bad", (1, 2), SamplingParams(max_tokens=3).with_defaults({}), make_grammar=Broken)
     outputs = run(toy_engine(), bad, request("good", [1, 2, 3]))
     error = outputs["bad", 0][0].error

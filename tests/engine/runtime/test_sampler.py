@@ -221,6 +221,9 @@ class OnlyGrammar:
     def accept(self, token_id: int) -> None:
         self.accepted.append(token_id)
 
+    def is_finished(self) -> bool:
+        return False
+
 
 def test_grammar_masks_and_advances() -> None:
     grammar = OnlyGrammar(3, 4)

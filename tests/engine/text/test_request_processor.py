@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,12 @@ def run(processor, text, *, chunk=1, end="<|im_end|>", reason="stop", logprobs=F
     return collector.result(), ids
 
 
+def allowed(grammar, tokenizer):
+    logits = np.zeros(tokenizer.vocab_size, np.float32)
+    grammar.apply(logits)
+    return logits == 0
+
+
 def test_prompt_and_defaults(processor):
     prepared = processor.prepare(GenerateRequest(messages=USER, sampling_params=SamplingParams(top_k=5)))
     assert (
@@ -57,7 +64,7 @@ def test_prompt_and_defaults(processor):
     )
     assert (prepared.params.temperature, prepared.params.top_k, prepared.params.top_p) == (0.6, 5, 1.0)
     assert prepared.eos_token_ids == frozenset(processor.tokenizer.eos_token_ids)
-    assert prepared.make_grammar is None and prepared.prompt_text is None
+    assert prepared.prompt_text is None
 
 
 def test_raw_prompts(processor):
@@ -152,7 +159,9 @@ def test_grammars(processor):
         assert (
             processor.prepare(GenerateRequest(messages=USER, tools=[TOOL], tool_choice=choice)).make_grammar is not None
         )
-    assert processor.prepare(GenerateRequest(messages=USER, tools=[TOOL])).make_grammar is None
+    for free in (GenerateRequest(messages=USER, tools=[TOOL]), GenerateRequest(prompt="a")):
+        grammar = (processor.prepare(free).make_grammar or (lambda: None))()
+        assert grammar is None or (not grammar.is_finished() and allowed(grammar, processor.tokenizer).all())
 
 
 @pytest.mark.parametrize(

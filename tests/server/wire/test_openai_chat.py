@@ -65,14 +65,14 @@ def test_what_clients_really_send() -> None:
         {"role": "assistant", "content": "Rain.", "tool_calls": [], "reasoning_content": "more"},
     ]
     assert request(messages=messages, tools=[], max_tokens=None, stop=None, n=None).messages == [
-        {"role": "developer", "content": "Be brief."},
+        {"role": "system", "content": "Be brief."},
         {"role": "system", "content": "One\ntwo"},
         {"role": "user", "content": "Weather?", "name": "ann"},
         {
             "role": "assistant",
-            "content": None,
+            "content": "",
             "reasoning_content": "thinking",
-            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
         },
         {"role": "tool", "content": "rain", "tool_call_id": "c1"},
         {"role": "tool", "content": "", "tool_call_id": "c2"},
@@ -148,11 +148,26 @@ def test_structured_output(fields: dict[str, Any], expected: StructuredOutput | 
 
 
 def test_thinking() -> None:
-    assert request().chat_template_kwargs == {}
-    assert request(reasoning_effort="none").chat_template_kwargs == {"enable_thinking": False}
-    assert request(reasoning_effort="low").chat_template_kwargs == {"enable_thinking": True}
+    assert request().chat_template_kwargs == {} and request().sampling_params.thinking_budget is None
+    for effort, enabled, budget in [
+        ("none", False, None),
+        ("minimal", True, 512),
+        ("low", True, 2048),
+        ("high", True, None),
+    ]:
+        asked = request(reasoning_effort=effort)
+        assert asked.chat_template_kwargs == {"reasoning_effort": effort, "enable_thinking": enabled}
+        assert asked.sampling_params.thinking_budget == budget
     both = request(reasoning_effort="none", chat_template_kwargs={"enable_thinking": True})
-    assert both.chat_template_kwargs == {"enable_thinking": True}
+    assert both.chat_template_kwargs["enable_thinking"] is True
+    assert request(enable_thinking=False).chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("name", ["thinking_budget", "thinking_token_budget", "thinking_budget_tokens"])
+def test_thinking_budget(name: str) -> None:
+    assert request(**{name: 7}, reasoning_effort="low").sampling_params.thinking_budget == 7
+    assert request(**{name: 0}).sampling_params.thinking_budget == 0
+    assert request(**{name: -1}, reasoning_effort="low").sampling_params.thinking_budget is None
 
 
 def test_tool_choice() -> None:
@@ -193,6 +208,8 @@ def test_tool_choice() -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias['x']"),
         ({"stream": "yes"}, "stream"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"reasoning_effort": "some"}, "reasoning_effort"),
+        ({"thinking_budget": -2}, "thinking_budget"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
