@@ -55,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"{made.path}: {made.nbytes / 1e6:.1f} MB, {made.bits_per_weight:.2f} bits a weight ({kinds}), "
         f"{made.parameters / (time.perf_counter() - started) / 1e6:.0f} M weights/s"
     )
+    if made.left_out:
+        listed = ", ".join(f"{count} {kind} tensors" for kind, count in made.left_out.items())
+        print(f"left out: {listed}; the file holds the text model")
     return 0
 
 

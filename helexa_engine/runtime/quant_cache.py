@@ -90,7 +90,7 @@ def open_quantized(
 def _made(
     path: Path, source: Path, quant: str, name: str, limit: int, progress: Callable[[float], None] | None
 ) -> Checkpoint:
-    quantize_model(source, path, quant, name=name, progress=progress)
+    quantize_model(source, path, quant, name=name, keep_mtp=False, progress=progress)
     record = path.with_suffix(".json")
     partial = record.with_suffix(".json.partial")
     try:

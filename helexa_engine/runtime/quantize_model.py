@@ -25,12 +25,14 @@ class QuantizedModel:
         nbytes: size of the file.
         parameters: values in its tensors.
         types: bytes by type name, the largest first.
+        left_out: how many tensors of the source are not in the file, by kind (``vision``, ``MTP``).
     """
 
     path: Path
     nbytes: int
     parameters: int
     types: dict[str, int]
+    left_out: dict[str, int]
 
     @property
     def bits_per_weight(self) -> float:
@@ -45,15 +47,20 @@ def quantize_model(
     name: str,
     importance_file: Path | None = None,
     allow_requantize: bool = False,
+    keep_mtp: bool = True,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Writes ``source`` (a HuggingFace folder or a GGUF file) as a GGUF file in the mix ``quant``.
+
+    Of a GGUF file everything is kept; of a folder the text model and, where it is whole, the block that predicts a further token.
+    The vision encoder is left out: llama.cpp keeps it in a file of its own.
 
     Args:
         destination: appears when it is complete; a file of that name is replaced.
         name: what the model is called in the file.
         importance_file: llama.cpp's importance matrix, in either of its forms.
         allow_requantize: take weights that are quantised already.
+        keep_mtp: write a folder's block that predicts a further token. Without it the file is what quantising on loading gives.
 
     Raises:
         InvalidRequest: no such mix; an importance matrix of another model; quantised weights that were not allowed.
@@ -67,7 +74,11 @@ def quantize_model(
     with open_checkpoint(source) as checkpoint:
         _check(checkpoint)
         tensors = quantized_file.plan(
-            checkpoint, mix, has_importance=importance is not None, allow_requantize=allow_requantize
+            checkpoint,
+            mix,
+            has_importance=importance is not None,
+            allow_requantize=allow_requantize,
+            keep_mtp=keep_mtp,
         )
         text: dict[str, Any] = {}
         if isinstance(checkpoint, FolderCheckpoint):
@@ -82,6 +93,9 @@ def quantize_model(
             importance=importance,
             progress=progress,
         )
+    kept = {stored for tensor in tensors for stored in tensor.raw.stored_names}
+    unused = checkpoint.unused if isinstance(checkpoint, FolderCheckpoint) else {}
+    left_out = {kind: sum(raw.name not in kept for raw in raws) for kind, raws in unused.items()}
     by_type: dict[str, int] = {}
     for tensor in tensors:
         by_type[tensor.target.name] = by_type.get(tensor.target.name, 0) + tensor.nbytes
@@ -90,6 +104,7 @@ def quantize_model(
         destination.stat().st_size,
         sum(math.prod(tensor.raw.shape) for tensor in tensors),
         dict(sorted(by_type.items(), key=lambda item: -item[1])),
+        {kind: count for kind, count in left_out.items() if count},
     )
 
 

@@ -29,7 +29,16 @@ from .raw_tensor import Bytes, RawTensor, stack
 _LAYER = re.compile(r"(model\.layers\.\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 #: Norms whose multiplier HuggingFace stores without its 1; the delta net's own norm is not among them.
-_OFFSET_NORM = re.compile(r"model\.norm\.weight|.+\.(input_layernorm|post_attention_layernorm|[qk]_norm)\.weight")
+_OFFSET_NORM = re.compile(
+    r"model\.norm\.weight|.+\.(input_layernorm|post_attention_layernorm|[qk]_norm|nextn\.(enorm|hnorm|shared_head_norm))\.weight"
+)
+#: What stands beside the block that predicts a further token: HuggingFace's name after ``mtp.`` -> GGUF's after ``nextn.``
+_NEXTN = {
+    "fc": "eh_proj",
+    "pre_fc_norm_embedding": "enorm",
+    "pre_fc_norm_hidden": "hnorm",
+    "norm": "shared_head_norm",
+}
 
 Split = Callable[["_Shape", str, RawTensor], list[RawTensor]]
 
@@ -100,6 +109,31 @@ def unused_kind(name: str) -> str | None:
     if name.startswith(("mtp.", "model.mtp.")):
         return "MTP"
     return None
+
+
+def mtp_name(name: str, num_layers: int) -> str:
+    """A HuggingFace folder's MTP tensor as one of the blocks that follow ``num_layers`` others, as GGUF counts them."""
+    name = name.removeprefix("model.").removeprefix("mtp.")
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)", name):
+        return f"model.layers.{num_layers + int(match[1])}.{match[2]}"
+    module, _, kind = name.rpartition(".")
+    return f"model.layers.{num_layers}.nextn.{_NEXTN.get(module, module)}.{kind}"
+
+
+def whole_mtp_block(tensors: Mapping[str, RawTensor], mtp: Mapping[str, RawTensor], num_layers: int) -> bool:
+    """Whether ``mtp`` is one block, with the tensors and shapes of the full-attention blocks among ``tensors``, and its ``nextn``."""
+
+    def shapes(tensors: Mapping[str, RawTensor], prefix: str) -> dict[str, tuple[int, ...]]:
+        return {name.removeprefix(prefix): raw.shape for name, raw in tensors.items() if name.startswith(prefix)}
+
+    query = next((name for name in tensors if name.endswith(".self_attn.q_proj.weight")), None)
+    if query is None:
+        return False
+    expected = shapes(tensors, query.removesuffix("self_attn.q_proj.weight"))
+    hidden = tensors[query].shape[1]
+    expected |= {f"nextn.{name}.weight": (hidden,) for name in _NEXTN.values()}
+    expected["nextn.eh_proj.weight"] = (hidden, 2 * hidden)
+    return shapes(mtp, f"model.layers.{num_layers}.") == expected and len(mtp) == len(expected)
 
 
 def split(config: Mapping[str, Any], tensors: Iterable[RawTensor], where: str) -> dict[str, RawTensor]:

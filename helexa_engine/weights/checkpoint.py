@@ -215,6 +215,21 @@ class FolderCheckpoint(Checkpoint):
         self._tensors = canonical.tiled(self.config, self._tensors.values(), str(self.path))
         self.config["value_head_order"] = "tiled"
 
+    def mtp_block(self) -> dict[str, RawTensor]:
+        """The block that predicts a further token, as canonical tensors of the block after the last. Empty where there is none, where
+        it is not whole, and where there are several, for which GGUF has no form.
+        """
+        stored = (
+            raw.presented(canonical.mtp_name(raw.name, self.num_layers))
+            for raw in self.unused.get("MTP", ())
+            if self.architecture in HYBRIDS
+        )
+        try:
+            tensors = canonical.from_huggingface(self.config, stored, is_hybrid=True, where=str(self.path))
+        except UnsupportedCheckpoint:
+            return {}
+        return tensors if canonical.whole_mtp_block(self._tensors, tensors, self.num_layers) else {}
+
     def _read_template(self) -> str | None:
         jinja = self.path / "chat_template.jinja"
         if jinja.is_file():

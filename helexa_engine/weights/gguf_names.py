@@ -46,6 +46,10 @@ _BLOCK = {
     "ssm_dt.bias": "linear_attn.dt_bias",
     "ssm_norm.weight": "linear_attn.norm.weight",
     "ssm_out.weight": "linear_attn.out_proj.weight",
+    "nextn.eh_proj.weight": "nextn.eh_proj.weight",
+    "nextn.enorm.weight": "nextn.enorm.weight",
+    "nextn.hnorm.weight": "nextn.hnorm.weight",
+    "nextn.shared_head_norm.weight": "nextn.shared_head_norm.weight",
 }
 _HYBRID_BLOCK = {"post_attention_norm.weight": "post_attention_layernorm.weight"}
 _DELTA_NET_QKV = {"attn_qkv.weight": "linear_attn.in_proj_qkv.weight"}
@@ -247,10 +251,11 @@ _HYBRID_KEYS = {
 _MROPE_SECTIONS = (11, 11, 10)
 
 
-def metadata_of(architecture: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def metadata_of(architecture: str, config: Mapping[str, Any], where: str, *, mtp_blocks: int = 0) -> dict[str, Any]:
     """GGUF metadata of a HuggingFace config: the reverse of :func:`hf_config`, with the keys that llama.cpp wants besides.
 
-    The config has been checked (as :class:`~helexa_engine.models.config.ModelConfig` checks it).
+    The config has been checked (as :class:`~helexa_engine.models.config.ModelConfig` checks it). ``mtp_blocks`` that predict
+    further tokens follow the others.
 
     Raises:
         UnsupportedCheckpoint: a setting that no GGUF key expresses.
@@ -274,7 +279,9 @@ def metadata_of(architecture: str, config: Mapping[str, Any], where: str) -> dic
         "rope.freq_base": float(rope["rope_theta"] if theta is None else theta),
     }
     if architecture in HYBRIDS:
-        made |= _hybrid_metadata(config, rope, head_dim)
+        made |= _hybrid_metadata(config, rope, head_dim, mtp_blocks)
+    if mtp_blocks:
+        made |= {"block_count": made["block_count"] + mtp_blocks, "nextn_predict_layers": mtp_blocks}
     if architecture in TILED:
         sections = list(rope.get("mrope_section") or _MROPE_SECTIONS)
         made["rope.dimension_sections"] = np.array((sections + [0] * 4)[:4], np.int32)
@@ -285,7 +292,9 @@ def metadata_of(architecture: str, config: Mapping[str, Any], where: str) -> dic
     return {"general.architecture": architecture, "general.type": "model"} | prefixed
 
 
-def _hybrid_metadata(config: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+def _hybrid_metadata(
+    config: Mapping[str, Any], rope: Mapping[str, Any], head_dim: int, mtp_blocks: int
+) -> dict[str, Any]:
     factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))
     made: dict[str, Any] = {
         "ssm.inner_size": config["linear_num_value_heads"] * config["linear_value_head_dim"],
@@ -293,7 +302,8 @@ def _hybrid_metadata(config: Mapping[str, Any], rope: Mapping[str, Any], head_di
         "rope.dimension_count": int(head_dim * factor),
     }
     if config.get("layer_types") is not None:
-        made["attention.recurrent_layers"] = [kind == "linear_attention" for kind in config["layer_types"]]
+        recurrent = [kind == "linear_attention" for kind in config["layer_types"]]
+        made["attention.recurrent_layers"] = recurrent + [False] * mtp_blocks
     return made
 
 

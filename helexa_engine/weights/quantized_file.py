@@ -84,15 +84,19 @@ def _values(quant_type: QuantType, rows: npt.NDArray[np.uint8], cols: int) -> np
     return np.asarray(dequantize(quant_type, rows, (len(rows), cols)), np.float32)
 
 
-def plan(checkpoint: Checkpoint, mix: Mix, *, has_importance: bool, allow_requantize: bool) -> list[PlannedTensor]:
+def plan(
+    checkpoint: Checkpoint, mix: Mix, *, has_importance: bool, allow_requantize: bool, keep_mtp: bool
+) -> list[PlannedTensor]:
     """The tensors of the file.
+
+    The MTP block of a folder is one more block, and as in llama.cpp's files the mixes count it among the others.
 
     Raises:
         InvalidRequest: weights are quantised already and ``allow_requantize`` is false.
         UnsupportedCheckpoint: a tensor that GGUF has no name for.
     """
     config = checkpoint.config
-    named = _stored(checkpoint) if isinstance(checkpoint, GGUFCheckpoint) else _converted(checkpoint)
+    named = _stored(checkpoint) if isinstance(checkpoint, GGUFCheckpoint) else _converted(checkpoint, keep_mtp)
     blocks = {name.split(".")[1] for name, _, _ in named if name.startswith("blk.")}
     choose = partial(
         mixes.quant_type_for,
@@ -121,22 +125,17 @@ def plan(checkpoint: Checkpoint, mix: Mix, *, has_importance: bool, allow_requan
 def _stored(checkpoint: GGUFCheckpoint) -> list[tuple[str, str | None, RawTensor]]:
     """(GGUF name, HuggingFace name or None, tensor) of a GGUF file, as it is."""
     layer_types = list(checkpoint.config.get("layer_types", ()))
-    named: list[tuple[str, str | None, RawTensor]] = []
-    for raw in checkpoint.stored_tensors():
-        if raw.name.endswith(".nextn.eh_proj.weight"):  # a matrix like any other
-            hf_name: str | None = f"model.layers.{raw.name.split('.')[1]}.eh_proj.weight"
-        else:
-            hf_name = gguf_names.hf_name(raw.name, layer_types)
-        named.append((raw.name, hf_name, raw))
-    return named
+    return [(raw.name, gguf_names.hf_name(raw.name, layer_types), raw) for raw in checkpoint.stored_tensors()]
 
 
-def _converted(checkpoint: Checkpoint) -> list[tuple[str, str | None, RawTensor]]:
+def _converted(checkpoint: Checkpoint, keep_mtp: bool) -> list[tuple[str, str | None, RawTensor]]:
     """(GGUF name, HuggingFace name, tensor) of a HuggingFace folder, in GGUF's conventions."""
     assert isinstance(checkpoint, FolderCheckpoint)
     checkpoint.tile_value_heads()
     architecture, where = checkpoint.architecture, str(checkpoint.path)
     tensors = {raw.name: raw for raw in checkpoint.tensors if not raw.name.endswith("rotary_emb.inv_freq")}
+    if keep_mtp:
+        tensors |= checkpoint.mtp_block()
     if architecture == "qwen3next":
         for name in [name for name in tensors if name.endswith(".linear_attn.in_proj_b.weight")]:
             b, a = tensors.pop(name), tensors.pop(name.replace("in_proj_b", "in_proj_a"))
@@ -198,8 +197,10 @@ def write(
         if progress is not None:
             progress(done / total)
 
+    own = {"general.name": name} | dict(text_metadata)
+    mtp_blocks = sum(tensor.name.endswith(".nextn.eh_proj.weight") for tensor in tensors)
     with GGUFWriter(path) as writer:
-        _write_metadata(writer, checkpoint, mix, {"general.name": name} | dict(text_metadata), importance)
+        _write_metadata(writer, checkpoint, mix, own, importance, mtp_blocks)
         for tensor in tensors:
             writer.add_tensor(tensor.name, tensor.target, tensor.raw.shape, partial(pieces, tensor))
 
@@ -226,13 +227,16 @@ def _write_metadata(
     mix: Mix,
     own: Mapping[str, Any],
     importance: ImportanceMatrix | None,
+    mtp_blocks: int,
 ) -> None:
     if isinstance(checkpoint, GGUFCheckpoint):
         for key, stored in checkpoint.stored_metadata.items():
             if key != "general.alignment" and not key.startswith(("split.", "quantize.imatrix.")):
                 writer.copy_metadata(key, stored)
     else:
-        made = gguf_names.metadata_of(checkpoint.architecture, checkpoint.config, checkpoint.where)
+        made = gguf_names.metadata_of(
+            checkpoint.architecture, checkpoint.config, checkpoint.where, mtp_blocks=mtp_blocks
+        )
         made |= gguf_names.sampling_metadata(checkpoint.generation_config)
         for key, value in (made | dict(own)).items():
             # Arrays of numpy keep their type: llama.cpp reads some as signed and takes nothing else.

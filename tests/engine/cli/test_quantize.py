@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helexa_engine.cli import main
-from helexa_engine.testing.checkpoints import write_qwen3_folder
+from helexa_engine.testing.checkpoints import write_folder, write_qwen3_folder
 from helexa_engine.weights.gguf import GGUFFile
 
 
@@ -24,6 +24,14 @@ def test_it_writes_and_reports(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "quantising" in err and "done in" in err and "\r" not in err, "plain lines where there is no terminal"
     assert GGUFFile(path).metadata["general.name"] == "tiny-model"
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_what_is_left_out_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", str(folder), str(tmp_path / "m.gguf")]) == 0
+    assert "left out" not in capsys.readouterr().out
+    released = write_folder(tmp_path / "released", "qwen35", multimodal=True)
+    assert main(["quantize", str(released), str(tmp_path / "r.gguf"), "--type", "Q8_0"]) == 0
+    assert "left out: 1 vision tensors, 1 MTP tensors; the file holds the text model" in capsys.readouterr().out
 
 
 def test_the_default_is_q4_k_m(folder: Path, tmp_path: Path) -> None:

@@ -118,6 +118,80 @@ def test_text_survives(folders: Folders, tmp_path: Path) -> None:
     assert ours.token_bytes(theirs.vocab_size + 1) == b""
 
 
+def add_mtp(folder: Path, copy: Path, without: str = "") -> Path:
+    """The folder of a hybrid with the tensors of an MTP block, which has the shapes of its last block, and one of a vision encoder."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    hidden = tensors["model.norm.weight"].shape[0]
+    mtp = {
+        name.replace("model.layers.3.", "mtp.layers.0."): values.flip(0).contiguous()
+        for name, values in tensors.items()
+        if name.startswith("model.layers.3.")
+    }
+    mtp["mtp.fc.weight"] = torch.randn(hidden, 2 * hidden, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for i, name in enumerate(("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")):
+        mtp[f"mtp.{name}.weight"] = torch.full((hidden,), 0.25 * i).bfloat16()
+    if without:
+        del mtp[without]
+    vision = {"model.visual.blocks.0.norm1.weight": torch.zeros(8)}
+    save_file(tensors | mtp | vision, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("architecture", ["qwen3next", "qwen35", "qwen35moe"])
+def test_the_block_that_predicts_a_further_token_is_kept(folders: Folders, tmp_path: Path, architecture: str) -> None:
+    """As llama.cpp's converter keeps it: one more block, and ``nextn`` beside it."""
+    source, path = add_mtp(folders(architecture), tmp_path / "folder"), tmp_path / "m.gguf"
+    made = quantize_model(source, path, "Q4_K_M", name="tiny")
+    assert made.left_out == {"vision": 1}
+    quantize_model(source, tmp_path / "plain.gguf", "BF16", name="tiny")
+    quantize_model(tmp_path / "plain.gguf", tmp_path / "over.gguf", "Q4_K_M", name="tiny")
+    assert (tmp_path / "over.gguf").read_bytes() == path.read_bytes()
+    reader = gguf.GGUFReader(path)
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    last = {name.removeprefix("blk.3."): tuple(t.shape) for name, t in stored.items() if name.startswith("blk.3.")}
+    mtp = {name.removeprefix("blk.4."): tuple(t.shape) for name, t in stored.items() if name.startswith("blk.4.")}
+    assert last.items() <= mtp.items()
+    assert mtp.keys() - last.keys() == {
+        f"nextn.{name}.weight" for name in ("eh_proj", "enorm", "hnorm", "shared_head_norm")
+    }
+    assert stored["blk.4.nextn.eh_proj.weight"].tensor_type == gguf.GGMLQuantizationType.Q4_K
+    for name, value in (("enorm", 1.0), ("hnorm", 1.25), ("shared_head_norm", 1.5)):
+        np.testing.assert_array_equal(stored[f"blk.4.nextn.{name}.weight"].data, np.float32(value))
+    plain = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors}
+    np.testing.assert_array_equal(
+        plain["blk.4.attn_k_norm.weight"], plain["blk.3.attn_k_norm.weight"][::-1], "the norms' 1 is folded in"
+    )
+    field = {key.partition(".")[2]: value.contents() for key, value in reader.fields.items()}
+    assert field["block_count"] == 5 and field["nextn_predict_layers"] == 1
+    if "attention.recurrent_layers" in field:
+        assert field["attention.recurrent_layers"] == [True, True, True, False, False]
+    assert {raw.name for raw in open_checkpoint(path).unused["MTP"]} == {f"blk.4.{name}" for name in mtp}
+    assert logits(load(path)).isfinite().all()
+    quantize_model(source, path, "Q8_0", name="tiny")  # no mix in which blocks are counted
+    assert torch.equal(logits(load(path)), logits(load(folders(architecture), "Q8_0")))
+
+
+@pytest.mark.parametrize(
+    "without", ["fc", "layers.0.self_attn.k_norm", "layers.0.mlp.gate", "layers.0.mlp.experts.2.up_proj"]
+)
+def test_a_block_that_is_not_whole_is_left_out_and_counted(folders: Folders, tmp_path: Path, without: str) -> None:
+    source = add_mtp(folders("qwen35moe"), tmp_path / "folder", without=f"mtp.{without}.weight")
+    made = quantize_model(source, tmp_path / "m.gguf", "Q8_0", name="tiny")
+    with open_checkpoint(source) as checkpoint:
+        assert made.left_out == {"MTP": len(checkpoint.unused["MTP"]), "vision": 1}
+    with_none = quantize_model(folders("qwen35moe"), tmp_path / "none.gguf", "Q8_0", name="tiny")
+    assert with_none.left_out == {}
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "none.gguf").read_bytes()
+
+
+def test_quantising_on_loading_counts_no_block_that_it_does_not_run(folders: Folders, tmp_path: Path) -> None:
+    source, path = add_mtp(folders("qwen35"), tmp_path / "folder"), tmp_path / "m.gguf"
+    made = quantize_model(source, path, "Q4_K_M", name="tiny", keep_mtp=False)
+    assert made.left_out["MTP"] > 10
+    assert torch.equal(logits(load(path)), logits(load(source, "Q4_K_M")))
+
+
 def test_what_a_model_does_not_read_is_kept(tmp_path: Path) -> None:
     source, path, patch = tmp_path / "m.gguf", tmp_path / "q.gguf", np.ones((4, 32), np.float32)
     presets.write_preset_gguf(tmp_path / "plain.gguf", "qwen3-tiny", "BF16")
