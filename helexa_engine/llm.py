@@ -73,24 +73,10 @@ class LLM:
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        given = locals()  # the signature is the one list; a test holds it to EngineConfig's fields
         if tensor_parallel_size != 1:
             raise InvalidRequest("tensor_parallel_size", f"expected 1 on this device, got {tensor_parallel_size!r}")
-        config = EngineConfig(
-            device=device,
-            dtype=dtype,
-            quant=quant,
-            quant_cache=quant_cache,
-            quant_cache_limit=quant_cache_limit,
-            kv_dtype=kv_dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            memory_fraction=memory_fraction,
-            seed=seed,
-            mmap_experts=mmap_experts,
-            num_threads=num_threads,
-            offline=offline,
-        )
+        config = EngineConfig(**{field.name: given[field.name] for field in dataclasses.fields(EngineConfig)})
         from .runtime.load import load_model  # brings torch
 
         self._loaded: LoadedModel = load_model(model, config, progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from helexa_engine import LLM, SamplingParams
+from helexa_engine.config import EngineConfig
 from helexa_engine.errors import (
     ContextLengthExceeded,
     EngineDied,
@@ -24,6 +27,7 @@ from helexa_engine.errors import (
     UnsupportedCheckpoint,
 )
 from helexa_engine.events import ContentDelta, Finished, PromptProcessed, collect
+from helexa_engine.runtime import load
 from helexa_engine.testing.checkpoints import write_qwen3_folder
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -42,6 +46,31 @@ def llm(folder: Path) -> Iterator[LLM]:
     with LLM(folder, max_model_len=512) as model:
         yield model
         assert model.stats().kv_pages_used == 0, "a test left pages behind"
+
+
+def test_its_settings_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A knob is a field of EngineConfig; LLM spells it out only so that editors, type checkers and help() know it."""
+    own = {"model", "progress", "tensor_parallel_size"}
+    signature = inspect.signature(LLM.__init__).parameters
+    spelled = {name: (p.annotation, p.default) for name, p in signature.items() if name not in own | {"self"}}
+    assert spelled == {f.name: (f.type, f.default) for f in dataclasses.fields(EngineConfig)}
+    assert all(signature[name].kind is inspect.Parameter.KEYWORD_ONLY for name in spelled)
+
+    loaded: list[Any] = []
+    monkeypatch.setattr(load, "load_model", lambda *arguments: loaded.append(arguments))
+    settings = {name: True if default is False else default for name, (_, default) in spelled.items()}
+    settings |= {
+        "device": "cpu",
+        "dtype": "float16",
+        "quant": "Q4_0",
+        "quant_cache": False,
+        "quant_cache_limit": "1GiB",
+    }
+    settings |= {"kv_dtype": "float32", "max_model_len": 7, "max_num_seqs": 3, "max_num_batched_tokens": 99}
+    settings |= {"memory_fraction": 0.5, "seed": 11, "num_threads": 2}
+    LLM("somewhere", **settings)
+    assert loaded == [("somewhere", EngineConfig(**settings), None)]
+    assert all(settings[name] != default for name, (_, default) in spelled.items()), "a value of its own for each"
 
 
 def test_one_prompt_gives_one_result_and_a_list_gives_a_list_in_order(llm: LLM) -> None:
