@@ -1,10 +1,15 @@
-"""What holds for every test: nothing is written into the user's own cache."""
+"""What holds for every test: nothing is written into the user's own cache, and torch keeps to one thread."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before anything imports torch. Its tensors are tiny here, and a team of threads beside the core's own costs more than it gives,
+# many times over on a machine that does something else too; the engine's thread has torch on one thread for the same reason.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

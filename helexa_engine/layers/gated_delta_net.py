@@ -56,7 +56,7 @@ class GatedDeltaNet:
             f"{prefix}.a_coefficient": self._a_coefficient,
             f"{prefix}.dt_bias": self._dt_bias,
         }
-        self._conv = causal_conv1d.choose(device)
+        self._conv = causal_conv1d.choose(device, kernel_size=conv_kernel)
         self._delta_rule = gated_delta_rule.choose(device, head_k_dim=head_k_dim, head_v_dim=head_v_dim)
 
     def slots(self) -> dict[str, ParameterSlot]:

@@ -11,8 +11,10 @@ import functools
 import importlib
 import importlib.util
 import logging
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -90,6 +92,12 @@ class Implementation:
         return None
 
 
+@functools.cache
+def op_names() -> frozenset[str]:
+    """Every op: its folder has its name."""
+    return frozenset(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.ispkg)
+
+
 class Op:
     """An op: its reference and its implementations in order of preference."""
 
@@ -103,9 +111,15 @@ class Op:
         """The module to use on ``device`` (``"cpu"``) for these facts.
 
         Raises:
-            BackendUnavailable: a forced implementation does not exist or cannot run here.
+            BackendUnavailable: a forced implementation does not exist or cannot run here, or ``HELEXA_OPS`` names no op.
         """
-        forced = env.forced_ops().get(self.name)
+        wanted = env.forced_ops()
+        unknown = wanted.keys() - op_names() - {self.name}
+        if unknown:
+            raise BackendUnavailable(
+                f"HELEXA_OPS: there is no op {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(op_names()))}"
+            )
+        forced = wanted.get(self.name)
         if forced == "reference":
             return self._take("reference", self.reference, "forced by HELEXA_OPS")
         reasons: list[str] = []

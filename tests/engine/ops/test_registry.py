@@ -31,7 +31,7 @@ def test_the_first_that_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_forcing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HELEXA_OPS", "other=x, test_op=any")
+    monkeypatch.setenv("HELEXA_OPS", "quantize=x, test_op=any")
     assert op().choose("cpu", width=16).__name__ == "math"
     monkeypatch.setenv("HELEXA_OPS", "test_op=reference")
     assert op().choose("cpu", width=16).__name__ == HERE
@@ -40,6 +40,9 @@ def test_forcing(monkeypatch: pytest.MonkeyPatch) -> None:
         op().choose("cpu", width=4)
     monkeypatch.setenv("HELEXA_OPS", "test_op=nothing")
     with pytest.raises(BackendUnavailable, match="expected one of wide, any, reference"):
+        op().choose("cpu", width=4)
+    monkeypatch.setenv("HELEXA_OPS", "quant_matmull=reference")
+    with pytest.raises(BackendUnavailable, match="no op quant_matmull; expected some of .*quant_matmul"):
         op().choose("cpu", width=4)
     monkeypatch.setenv("HELEXA_OPS", "test_op")
     with pytest.raises(InvalidRequest, match="HELEXA_OPS"):
