@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <utility>
+#include <vector>
 
 #include "causal_conv1d.h"
 #include "check.h"
@@ -55,23 +57,28 @@ PYBIND11_MODULE(_native, module) {
           py::arg("out"), "Writes the bytes that were packed.");
   module.def(
       "pack",
-      [](int quant_type, uintptr_t source, int64_t rows, int64_t cols, int64_t stack, int64_t stack_stride) {
+      [](int quant_type, uintptr_t source, int64_t rows, int64_t cols, int64_t stack, int64_t stack_stride,
+         std::vector<float> scales) {
         const auto* bytes = pointer<const void>(source, "pack", "source");
         py::gil_scoped_release release;
-        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols, stack, stack_stride);
+        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols, stack, stack_stride, false,
+                                              std::move(scales));
       },
       py::arg("quant_type"), py::arg("source"), py::arg("rows"), py::arg("cols"), py::arg("stack") = 1,
-      py::arg("stack_stride") = 0,
-      "Packs `stack` matrices of rows x cols weights stored as in a GGUF file (quant_type: ggml's number).");
+      py::arg("stack_stride") = 0, py::arg("scales") = std::vector<float>{},
+      "Packs `stack` matrices of rows x cols weights stored as in a GGUF file (quant_type: ggml's number). `scales`, "
+      "one a "
+      "matrix or none, multiply the products.");
   module.def(
       "map_stack",
       [](int quant_type, uintptr_t source, int64_t rows, int64_t cols, int64_t stack, int64_t stack_stride,
-         const py::object&) {
+         const py::object&, std::vector<float> scales) {
         const auto* bytes = pointer<const void>(source, "map_stack", "source");
-        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols, stack, stack_stride, true);
+        return std::make_unique<PackedMatrix>(quant_type, bytes, rows, cols, stack, stack_stride, true,
+                                              std::move(scales));
       },
       py::arg("quant_type"), py::arg("source"), py::arg("rows"), py::arg("cols"), py::arg("stack"),
-      py::arg("stack_stride"), py::arg("owner"), py::keep_alive<0, 7>(),
+      py::arg("stack_stride"), py::arg("owner"), py::arg("scales") = std::vector<float>{}, py::keep_alive<0, 7>(),
       "As pack, but row groups are packed as they are used; `owner` keeps the source's memory alive.");
   module.def(
       "quant_matmul",

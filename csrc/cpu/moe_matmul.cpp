@@ -64,10 +64,11 @@ struct Needs {
 };
 
 RowGroup row_group(const PackedMatrix& matrix, int64_t group, int64_t member, Scratch& scratch) {
-  if (!matrix.mapped()) return {&matrix, matrix.group(group, member), matrix.lanes(group)};
+  const float scale = matrix.scale(member);
+  if (!matrix.mapped()) return {&matrix, matrix.group(group, member), matrix.lanes(group), scale};
   auto* packed = scratch.get<uint8_t>(matrix.group_bytes());
   matrix.pack_mapped_group(group, member, packed);
-  return {&matrix, packed, matrix.lanes(group)};
+  return {&matrix, packed, matrix.lanes(group), scale};
 }
 
 // The top_k largest logits, largest first, of equal ones the lowest index first, and their softmax over all experts.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -258,15 +259,18 @@ int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
 }  // namespace
 
 PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols, int64_t stack,
-                           int64_t stack_stride, bool mapped)
+                           int64_t stack_stride, bool mapped, std::vector<float> scales)
     : traits_(type_traits(quant_type, "pack")),
       layout_(packed_layout(traits_.type)),
       rows_(rows),
       cols_(cols),
       stack_(stack),
-      stack_stride_(stack_stride) {
+      stack_stride_(stack_stride),
+      scales_(std::move(scales)) {
   check(rows >= 1, "pack", "rows", "at least 1", rows);
   check(stack >= 1, "pack", "stack", "at least 1", stack);
+  check(scales_.empty() || int64_t(scales_.size()) == stack, "pack", "scales", "one a matrix or none",
+        int64_t(scales_.size()));
   if (cols < 1 || cols % traits_.block_size)
     fail(
         "pack", "cols",
@@ -374,6 +378,8 @@ void PackedMatrix::dequantize_row(int64_t row, float* out) const {
   blocks.resize(size_t(row_bytes_));
   unpack_row(row, 0, blocks.data());
   helexa::dequantize_row(traits_, blocks.data(), cols_, out);
+  if (scale() != 1.0f)
+    for (int64_t i = 0; i < cols_; ++i) out[i] *= scale();
 }
 
 }  // namespace helexa

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "dequantize.h"
 #include "quant_blocks.h"
@@ -72,12 +73,13 @@ class PackedMatrix {
   // Packs `stack` matrices of `rows` x `cols` weights stored as in a GGUF file, the first byte of each `stack_stride`
   // bytes after the one before (0: they follow each other). `mapped` packs nothing: the source must outlive this, and
   // row groups are packed one by one as they are used. Throws std::invalid_argument for an unknown type or a shape that
-  // is not a whole number of blocks, std::bad_alloc when memory is short.
+  // is not a whole number of blocks, std::bad_alloc when memory is short. `scales`, one a matrix or none, multiply the
+  // products: NVFP4 files have them beside the blocks.
   PackedMatrix(int quant_type, const void* source, int64_t rows, int64_t cols, int64_t stack = 1,
-               int64_t stack_stride = 0, bool mapped = false);
+               int64_t stack_stride = 0, bool mapped = false, std::vector<float> scales = {});
 
   void unpack(void* destination) const;                // the bytes that were packed, matrix after matrix
-  void dequantize_row(int64_t row, float* out) const;  // of the first matrix; exact
+  void dequantize_row(int64_t row, float* out) const;  // of the first matrix; exact, then times its scale
 
   const TypeTraits& traits() const { return traits_; }
   QuantType type() const { return traits_.type; }
@@ -90,6 +92,7 @@ class PackedMatrix {
   int64_t group_bytes() const { return group_bytes_; }
   int64_t nbytes() const { return mapped() ? 0 : stack_ * groups() * group_bytes_; }
   int64_t header_area() const { return header_area_; }
+  float scale(int64_t member = 0) const { return scales_.empty() ? 1.0f : scales_[size_t(member)]; }
   int lanes(int64_t g) const { return int(rows_ - g * kLanes < kLanes ? rows_ - g * kLanes : kLanes); }
   // Row group g of matrix `member`; not of a mapped matrix.
   const uint8_t* group(int64_t g, int64_t member = 0) const {
@@ -108,6 +111,7 @@ class PackedMatrix {
   PackedLayout layout_;
   int64_t rows_, cols_, stack_, stack_stride_, row_bytes_, header_area_ = 0, group_bytes_ = 0;
   const uint8_t* mapped_ = nullptr;
+  std::vector<float> scales_;
   std::shared_ptr<uint8_t> data_;
 };
 

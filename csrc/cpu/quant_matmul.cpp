@@ -30,7 +30,9 @@ State& state() {
   return *s;
 }
 
-RowGroup row_group(const PackedMatrix& part, int64_t group) { return {&part, part.group(group), part.lanes(group)}; }
+RowGroup row_group(const PackedMatrix& part, int64_t group) {
+  return {&part, part.group(group), part.lanes(group), part.scale()};
+}
 
 void list_jobs(const QuantMatmul& call, std::vector<Job>& jobs) {
   jobs.clear();
@@ -122,6 +124,11 @@ void float_sums(const Pass& pass, const RowGroup& group_a, const RowGroup& group
   }
 }
 
+void scale_lanes(float scale, int64_t rows, float* sums) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int l = 0; l < kLanes; ++l) sums[r * kSumStride + l] *= scale;
+}
+
 void write_lanes(const float* sums, int lanes, const float* residual, float* out) {
   if (residual) {
     for (int l = 0; l < lanes; ++l) out[l] = residual[l] + sums[l];
@@ -180,10 +187,14 @@ void sums_of(const Pass& pass, const RowGroup& a, const RowGroup& b, ThreadScrat
   std::memset(sums, 0, size_t(pass.rows) * kSumStride * sizeof(float));  // tiles add to what is there
   const bool a_codes = a.matrix->storage() == Storage::kCodes;
   const bool b_codes = b ? b.matrix->storage() == Storage::kCodes : a_codes;
-  if (a_codes == b_codes) return a_codes ? code_sums(pass, a, b, scratch, sums) : float_sums(pass, a, b, scratch, sums);
-  // A gate and an up of different kinds.
-  a_codes ? code_sums(pass, a, {}, scratch, sums) : float_sums(pass, a, {}, scratch, sums);
-  b_codes ? code_sums(pass, b, {}, scratch, sums + kLanes) : float_sums(pass, b, {}, scratch, sums + kLanes);
+  if (a_codes == b_codes) {
+    a_codes ? code_sums(pass, a, b, scratch, sums) : float_sums(pass, a, b, scratch, sums);
+  } else {  // a gate and an up of different kinds
+    a_codes ? code_sums(pass, a, {}, scratch, sums) : float_sums(pass, a, {}, scratch, sums);
+    b_codes ? code_sums(pass, b, {}, scratch, sums + kLanes) : float_sums(pass, b, {}, scratch, sums + kLanes);
+  }
+  if (a.scale != 1.0f) scale_lanes(a.scale, pass.rows, sums);
+  if (b.scale != 1.0f) scale_lanes(b.scale, pass.rows, sums + kLanes);
 }
 
 void quant_matmul(const QuantMatmul& call) {

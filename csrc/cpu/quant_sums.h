@@ -42,11 +42,13 @@ struct ThreadScratch {
   Scratch sums, tile_a, tile_b;
 };
 
-// 16 rows of a matrix (`lanes` of them real); `data` is laid out as its PackedMatrix says. Null data: no group.
+// 16 rows of a matrix (`lanes` of them real); `data` is laid out as its PackedMatrix says. Null data: no group. The dot
+// products are multiplied with `scale`.
 struct RowGroup {
   const PackedMatrix* matrix = nullptr;
   const uint8_t* data = nullptr;
   int lanes = 0;
+  float scale = 1.0f;
   explicit operator bool() const { return data != nullptr; }
 };
 

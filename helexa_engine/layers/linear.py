@@ -28,7 +28,8 @@ class MatrixParameter:
         return (self.rows, self.cols)
 
     def load(self, raw: RawTensor) -> None:
-        self.packed = self.matmul.pack(raw.quant_type, raw.data, self.rows, self.cols)
+        scale = raw.scales[0] if raw.scales else 1.0
+        self.packed = self.matmul.pack(raw.quant_type, raw.data, self.rows, self.cols, scale=scale)
         self.quant_type = str(raw.quant_type)
 
 

@@ -35,7 +35,8 @@ class ExpertsParameter:
 
     def _take(self, raw: RawTensor, *, mapped: bool) -> None:
         data = raw.members() if self.experts else raw.data.reshape(1, -1)
-        self.packed = self.moe.pack_experts(raw.quant_type, data, self.rows, self.cols, mapped=mapped)
+        scales = raw.scales * (self.experts // len(raw.scales)) if self.experts and raw.scales else raw.scales
+        self.packed = self.moe.pack_experts(raw.quant_type, data, self.rows, self.cols, scales=scales, mapped=mapped)
 
 
 class SparseMoe:

@@ -29,6 +29,10 @@ class RawTensor(Protocol):
     def data(self) -> np.ndarray:
         """uint8, as in a GGUF file of this type."""
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """What the values, or the products of a matrix, are multiplied with: none, one, or of a stack one a matrix."""
+
     def members(self) -> np.ndarray:
         """A stack's matrices, uint8 [matrices, bytes of one]."""
 
@@ -52,6 +56,8 @@ class FloatParameter:
     def load(self, raw: RawTensor) -> None:
         # A copy: the file may go.
         self.value = torch.from_numpy(np.array(dequantize(raw.quant_type, raw.data, raw.shape)))
+        if raw.scales:
+            self.value *= raw.scales[0]
 
     def get(self) -> torch.Tensor:
         assert self.value is not None, "the checkpoint was not loaded"

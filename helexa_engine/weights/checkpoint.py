@@ -18,7 +18,7 @@ from ..quant import types
 from . import canonical, gguf_names
 from .fp8 import SCALE_SUFFIXES, Fp8Scheme
 from .gguf import GGUFFile
-from .raw_tensor import RawTensor
+from .raw_tensor import RawTensor, scaled
 from .safetensors import SafetensorsFolder
 
 
@@ -138,21 +138,22 @@ class GGUFCheckpoint(Checkpoint):
         """The file's tensors under HuggingFace's names; what is not used goes to ``unused``."""
         layer_types = self.config.get("layer_types", ())
         num_layers = self.config["num_hidden_layers"] if layer_types else 2**31
-        used = []
-        for name, record in self._file.tensors.items():
-            if name.endswith(".scale"):
-                raise UnsupportedCheckpoint(
-                    "a matrix with a separate scale (of NVFP4 or FP8 origin) is not supported; take a file quantised to one "
-                    "of the usual types, such as Q8_0 or Q4_K_M",
-                    f"{self.path}: tensor {name!r}",
-                )
-            kind = gguf_names.unused_kind(name, num_layers)
-            raw = RawTensor(name, record.quant_type, record.shape, record.data, (name,))
+        used, scales = [], {}
+        for raw in self.stored_tensors():
+            kind = gguf_names.unused_kind(raw.name, num_layers)
             if kind is not None:
                 self.unused.setdefault(kind, []).append(raw)
+            elif raw.name.endswith(".scale"):
+                scales[raw.name.removesuffix("scale") + "weight"] = raw
             else:
-                used.append(raw.presented(gguf_names.hf_name(name, layer_types) or name))
-        return used
+                used.append(raw)
+        where = str(self.path)
+        made = [scaled(raw, scales.pop(raw.name), where) if raw.name in scales else raw for raw in used]
+        for name, scale in scales.items():
+            raise UnsupportedCheckpoint(
+                f"a scale without its matrix {name!r}; convert the model again", f"{where}: tensor {scale.name!r}"
+            )
+        return [raw.presented(gguf_names.hf_name(raw.name, layer_types) or raw.name) for raw in made]
 
     def _release_stored(self, name: str) -> None:
         self._file.release(name)

@@ -205,4 +205,4 @@ _FLOATS: dict[str, QuantType] = {"float32": types.F32, "float16": types.F16, "bf
 
 
 def _cast(raw: RawTensor, target: QuantType) -> RawTensor:
-    return RawTensor(raw.name, target, raw.shape, quantize(raw.values(), target).reshape(-1))
+    return RawTensor(raw.name, target, raw.shape, quantize(raw.values(), target).reshape(-1), scales=raw.scales)

@@ -27,7 +27,7 @@ from . import canonical, gguf_names
 from .checkpoint import Checkpoint, FolderCheckpoint, GGUFCheckpoint
 from .gguf_writer import GGUFWriter
 from .imatrix import ImportanceMatrix
-from .raw_tensor import RawTensor
+from .raw_tensor import RawTensor, scaled
 
 #: Called with the share done, from 0 to 1.
 Progress = Callable[[float], None]
@@ -52,7 +52,7 @@ class PlannedTensor:
 def encoded_pieces(
     raw: RawTensor, target: QuantType, where: str, importance: npt.NDArray[np.float32] | None = None
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """The bytes of a tensor in another type, some rows at a time.
+    """The bytes of a tensor in another type, its scales multiplied in, some rows at a time.
 
     Args:
         importance: [matrices, columns], the matrices being those of a stack of experts.
@@ -63,13 +63,16 @@ def encoded_pieces(
     rows, cols = math.prod(raw.shape[:-1]), raw.shape[-1]
     source = raw.data.reshape(rows, -1)
     encode = quantize.choose("cpu").quantize
-    matrices = 1 if importance is None else len(importance)
+    one_by_one = importance is not None or len(raw.scales) > 1
+    matrices = math.prod(raw.shape[:-2]) if one_by_one else 1
     step = max(1, _VALUES_AT_ONCE // cols)
     for matrix in range(matrices):
         end = rows // matrices * (matrix + 1)
         for start in range(rows // matrices * matrix, end, step):
             part = source[start : min(start + step, end)]
             values = _values(raw.quant_type, part, cols)
+            if raw.scales:
+                values = values * np.float32(raw.scales[matrix % len(raw.scales)])
             if not np.isfinite(values).all():
                 raise UnsupportedCheckpoint(
                     "NaN or infinite weights cannot be quantised", f"{where}: tensor {raw.name!r}"
@@ -106,7 +109,8 @@ def plan(
         tied=bool(config.get("tie_word_embeddings")),
         has_importance=has_importance,
     )
-    planned = []
+    scales = {raw.name.removesuffix("scale") + "weight": raw for _, _, raw in named if raw.name.endswith(".scale")}
+    planned, folded = [], set()
     for name, hf_name, raw in named:
         if hf_name is None:  # not read by any model here: as it is
             planned.append(PlannedTensor(name, raw, raw.quant_type))
@@ -118,8 +122,11 @@ def plan(
                 f"{checkpoint.path} is quantised already (tensor {name!r} is {raw.quant_type}); quantise the original "
                 "weights, or give --allow-requantize and lose accuracy twice",
             )
+        if name in scales and target is not raw.quant_type:
+            raw = scaled(raw, scales[name], str(checkpoint.path))
+            folded |= {name.removesuffix("weight") + suffix for suffix in ("scale", "input_scale")}
         planned.append(PlannedTensor(name, raw, target))
-    return planned
+    return [tensor for tensor in planned if tensor.name not in folded]
 
 
 def _stored(checkpoint: GGUFCheckpoint) -> list[tuple[str, str | None, RawTensor]]:

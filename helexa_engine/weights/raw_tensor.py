@@ -27,6 +27,7 @@ class RawTensor:
         source: uint8 as in a GGUF file of this type, usually a view of a map; or what makes it when it is wanted. Of a stack it
             may be [matrices, bytes of one], then not always contiguous.
         stored_names: tensors of the file that it is made of.
+        scales: what the values are multiplied with besides: none, one, or of a stack one a matrix. They are not in ``data``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class RawTensor:
     shape: tuple[int, ...]
     source: np.ndarray | Callable[[], np.ndarray]
     stored_names: tuple[str, ...] = ()
+    scales: tuple[float, ...] = ()
 
     @property
     def data(self) -> np.ndarray:
@@ -56,7 +58,7 @@ class RawTensor:
         return self.quant_type.row_bytes(self.shape[-1])
 
     def values(self) -> npt.NDArray[np.float32]:
-        """float32 of ``shape``."""
+        """float32 of ``shape``, without ``scales``."""
         if self.quant_type is types.F64:
             return self.data.view(np.float64).astype(np.float32).reshape(self.shape)
         return np.asarray(dequantize(self.quant_type, self.data, self.shape), np.float32)
@@ -79,6 +81,7 @@ class RawTensor:
 
     def mapped(self, name: str, function: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> RawTensor:
         """``function`` of the values, in float32."""
+        assert not self.scales, self.name
 
         def compute() -> np.ndarray:
             return np.ascontiguousarray(function(self.values()), np.float32).reshape(-1).view(np.uint8)
@@ -97,8 +100,28 @@ def stack(name: str, tensors: Sequence[RawTensor], where: str) -> RawTensor:
                 f"{where}: tensor {tensor.name!r}",
             )
 
+    assert not any(tensor.scales for tensor in tensors), name
+
     def join() -> np.ndarray:
         return np.concatenate([tensor.data.reshape(-1) for tensor in tensors])
 
     stored = tuple(stored_name for tensor in tensors for stored_name in tensor.stored_names)
     return RawTensor(name, first.quant_type, (len(tensors), *first.shape), join, stored)
+
+
+def scaled(raw: RawTensor, scale: RawTensor, where: str) -> RawTensor:
+    """``raw`` with the GGUF tensor ``NAME.scale`` that stands beside it: one number, or one for each matrix of a stack. They multiply
+    its products, as llama.cpp does it; NVFP4 files have them.
+
+    Raises:
+        UnsupportedCheckpoint: it does not fit, or is no finite number.
+    """
+    place, count = f"{where}: tensor {scale.name!r}", math.prod(scale.shape)
+    if len(raw.shape) < 2 or count not in (1, math.prod(raw.shape[:-2])):
+        raise UnsupportedCheckpoint(
+            f"expected the scale of a matrix, or one an expert; got {list(scale.shape)} for {list(raw.shape)}", place
+        )
+    if scale.quant_type is not types.F32 or not np.isfinite(values := scale.values()).all():
+        raise UnsupportedCheckpoint(f"expected finite numbers in F32, got {scale.quant_type}", place)
+    names = (*raw.stored_names, *scale.stored_names)
+    return replace(raw, scales=tuple(values.reshape(-1).tolist()), stored_names=names)

@@ -14,11 +14,19 @@ from .reference import Experts, check_stack
 _native = require_native()
 
 
-def pack_experts(quant_type: QuantType, data: np.ndarray, rows: int, cols: int, *, mapped: bool = False) -> Any:
+def pack_experts(
+    quant_type: QuantType,
+    data: np.ndarray,
+    rows: int,
+    cols: int,
+    *,
+    scales: tuple[float, ...] = (),
+    mapped: bool = False,
+) -> Any:
     """Repacks each expert into tiles of 16 interleaved rows; ``data`` is needed afterwards only when ``mapped``."""
     check_stack(quant_type, data, rows, cols)
     arguments = (quant_type.number, data.ctypes.data, rows, cols, data.shape[0], data.strides[0])
-    return _native.map_stack(*arguments, data) if mapped else _native.pack(*arguments)
+    return _native.map_stack(*arguments, data, scales) if mapped else _native.pack(*arguments, scales)
 
 
 def pack_router(weight: torch.Tensor, shared_gate: torch.Tensor | None = None) -> Any:

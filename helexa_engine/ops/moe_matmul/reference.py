@@ -24,13 +24,17 @@ class Experts(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockStack:
-    """``stack`` matrices [rows, cols] as the file stores them: ``data`` uint8 [stack, rows * quant_type.row_bytes(cols)]."""
+    """``stack`` matrices [rows, cols] as the file stores them: ``data`` uint8 [stack, rows * quant_type.row_bytes(cols)].
+
+    ``scales``, one a matrix or none, multiply the products.
+    """
 
     quant_type: QuantType
     data: np.ndarray
     rows: int
     cols: int
     mapped: bool
+    scales: tuple[float, ...] = ()
 
     @property
     def stack(self) -> int:
@@ -41,7 +45,7 @@ class BlockStack:
         return 0 if self.mapped else int(self.data.nbytes)
 
     def dequantized(self, member: int) -> torch.Tensor:
-        """One matrix as float32 [rows, cols]."""
+        """One matrix as float32 [rows, cols], without its scale."""
         return torch.from_numpy(dequantize(self.quant_type, self.data[member], (self.rows, self.cols)))
 
 
@@ -63,10 +67,18 @@ def check_stack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -
         )
 
 
-def pack_experts(quant_type: QuantType, data: np.ndarray, rows: int, cols: int, *, mapped: bool = False) -> BlockStack:
+def pack_experts(
+    quant_type: QuantType,
+    data: np.ndarray,
+    rows: int,
+    cols: int,
+    *,
+    scales: tuple[float, ...] = (),
+    mapped: bool = False,
+) -> BlockStack:
     """Keeps the blocks as they are. Raises ValueError when ``data`` has the wrong number of bytes."""
     check_stack(quant_type, data, rows, cols)
-    return BlockStack(quant_type, data if mapped else np.array(data, copy=True), rows, cols, mapped)
+    return BlockStack(quant_type, data if mapped else np.array(data, copy=True), rows, cols, mapped, scales)
 
 
 def pack_router(weight: torch.Tensor, shared_gate: torch.Tensor | None = None) -> Router:
@@ -91,7 +103,8 @@ Seen = Callable[[torch.Tensor, QuantType], torch.Tensor]
 def _expert(experts: Experts, member: int, y: torch.Tensor, seen: Seen) -> torch.Tensor:
     def times(stack: BlockStack, value: torch.Tensor) -> torch.Tensor:
         value = seen(value, stack.quant_type)
-        return value @ stack.dequantized(member).to(value.dtype).T
+        product = value @ stack.dequantized(member).to(value.dtype).T
+        return product * stack.scales[member] if stack.scales else product
 
     return times(experts.down, torch.nn.functional.silu(times(experts.gate, y)) * times(experts.up, y))
 

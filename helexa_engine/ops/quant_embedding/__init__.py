@@ -1,7 +1,7 @@
 """``out[t] = weight[ids[t]]``: rows of a packed table, dequantised, without expanding the table.
 
 ``quant_embedding(ids, weight)``: ``ids`` [T] int64, ``weight`` a matrix packed by the ``quant_matmul`` implementation of the same
-name (tied heads share it) -> [T, K] float32. An id outside the table is a ValueError.
+name (tied heads share it; its scale counts) -> [T, K] float32. An id outside the table is a ValueError.
 """
 
 from __future__ import annotations

@@ -13,4 +13,4 @@ def quant_embedding(ids: torch.Tensor, weight: BlockMatrix) -> torch.Tensor:
         raise ValueError(
             f"quant_embedding: ids: expected 0 <= id < {weight.rows}, got {int(ids.min())}..{int(ids.max())}"
         )
-    return weight.dequantized(ids.numpy())
+    return weight.dequantized(ids.numpy()) * weight.scale

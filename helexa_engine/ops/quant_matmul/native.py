@@ -20,12 +20,12 @@ _native = require_native()
 _rows_of = operator.attrgetter("rows")
 
 
-def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> Any:
+def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int, *, scale: float = 1.0) -> Any:
     """Repacks ``data`` (uint8, as in a GGUF file) into tiles of 16 interleaved rows; ``data`` is not needed afterwards. Raises
     ValueError when it has the wrong number of bytes."""
     check_matrix(quant_type, data, rows, cols)
     data = np.ascontiguousarray(data)
-    return _native.pack(quant_type.number, data.ctypes.data, rows, cols)
+    return _native.pack(quant_type.number, data.ctypes.data, rows, cols, scales=[scale])
 
 
 def quant_matmul(

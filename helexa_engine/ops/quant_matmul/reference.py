@@ -17,19 +17,23 @@ Activation = Literal["silu_mul"]
 
 @dataclass(frozen=True)
 class BlockMatrix:
-    """A matrix [rows, cols] as the file stores it: ``data`` uint8, ``rows * quant_type.row_bytes(cols)`` bytes."""
+    """A matrix [rows, cols] as the file stores it: ``data`` uint8, ``rows * quant_type.row_bytes(cols)`` bytes.
+
+    ``scale`` multiplies the products: NVFP4 files have one beside the blocks.
+    """
 
     quant_type: QuantType
     data: np.ndarray
     rows: int
     cols: int
+    scale: float = 1.0
 
     @property
     def nbytes(self) -> int:
         return int(self.data.nbytes)
 
     def dequantized(self, rows: np.ndarray | slice = slice(None)) -> torch.Tensor:
-        """Rows as float32 [n, cols]."""
+        """Rows as float32 [n, cols], without the scale."""
         blocks = self.data.reshape(self.rows, -1)[rows]
         return torch.from_numpy(dequantize(self.quant_type, blocks.reshape(-1), (blocks.shape[0], self.cols)))
 
@@ -43,10 +47,10 @@ def check_matrix(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) 
         )
 
 
-def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int) -> BlockMatrix:
+def pack(quant_type: QuantType, data: np.ndarray, rows: int, cols: int, *, scale: float = 1.0) -> BlockMatrix:
     """Keeps the blocks as they are. Raises ValueError when ``data`` has the wrong number of bytes."""
     check_matrix(quant_type, data, rows, cols)
-    return BlockMatrix(quant_type, np.array(data, copy=True), rows, cols)
+    return BlockMatrix(quant_type, np.array(data, copy=True), rows, cols, scale)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -79,7 +83,7 @@ def quant_matmul(
     value = x.to(compute_dtype)
     if norm_weight is not None:
         value = rms_norm(value, norm_weight, norm_eps)
-    value = torch.cat([value @ part.dequantized().to(compute_dtype).T for part in parts], dim=-1)
+    value = torch.cat([value @ part.dequantized().to(compute_dtype).T * part.scale for part in parts], dim=-1)
     if activation == "silu_mul":
         gate, up = value.chunk(2, dim=-1)
         value = torch.nn.functional.silu(gate) * up

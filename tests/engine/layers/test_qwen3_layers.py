@@ -29,6 +29,7 @@ class Raw:
     quant_type: types.QuantType
     shape: tuple[int, ...]
     data: np.ndarray
+    scales: tuple[float, ...] = ()
 
 
 def raw(name: str, value: torch.Tensor) -> Raw:

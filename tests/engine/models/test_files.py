@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from helexa_engine.models.config import ModelConfig
 from helexa_engine.models.decoder import Decoder
 from helexa_engine.models.registry import MODELS, model_class
-from helexa_engine.quant import mixes, types
+from helexa_engine.quant import dequantize, mixes, types
+from helexa_engine.runtime.quantize_model import quantize_model
 from helexa_engine.testing import gguf_conversion
 from helexa_engine.testing.checkpoints import TINY, random_tensors, write_folder, write_gguf
 from helexa_engine.weights import loader
 from helexa_engine.weights.checkpoint import open_checkpoint
+from helexa_engine.weights.gguf import GGUFFile
 from helexa_engine.weights.gguf_writer import GGUFWriter
 
 from .sessions import Session, in_one_order
@@ -30,11 +32,11 @@ HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
 IDS = torch.randint(0, 390, (100,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def load(path: Path, quant: str | None = None) -> Decoder:
+def load(path: Path, quant: str | None = None, *, mmap_experts: bool = False) -> Decoder:
     with open_checkpoint(path) as checkpoint:
         config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
         model = model_class(checkpoint.architecture, checkpoint.where)(config, config.max_position_embeddings)
-        loader.load(model, checkpoint, quant=quant)
+        loader.load(model, checkpoint, quant=quant, mmap_experts=mmap_experts)
     return model
 
 
@@ -85,6 +87,56 @@ def edited(path: Path, to: Path, metadata: dict) -> Path:
             assert stored is not None
             writer.add_tensor(tensor.name, stored, tuple(tensor.shape.tolist()[::-1]), np.array(tensor.data))
     return to
+
+
+def nvfp4_copies(path: Path, to: Path, plain: Path) -> None:
+    """A float32 file twice over: ``to`` with its matrices as random NVFP4 blocks and a scale beside them, as converted NVFP4
+    checkpoints are, and ``plain`` with the same values in float32.
+    """
+    rng = np.random.default_rng(0)
+    reader = gguf.GGUFReader(path)
+    kept = {f.name: f.contents() for f in reader.fields.values() if not f.name.startswith("GGUF.")}
+    with GGUFWriter(to, kept) as scaled, GGUFWriter(plain, kept) as floats:
+        for tensor in reader.tensors:
+            shape, values = tuple(tensor.shape.tolist()[::-1]), np.array(tensor.data)
+            is_kept = "token_embd" in tensor.name or "ffn_gate_inp" in tensor.name or "ssm_conv1d" in tensor.name
+            if len(shape) < 2 or is_kept:
+                scaled.add_tensor(tensor.name, types.F32, shape, values)
+                floats.add_tensor(tensor.name, types.F32, shape, values)
+                continue
+            blocks = np.zeros(values.size // 64, dequantize.NVFP4_BLOCK)
+            blocks["d"] = rng.integers(0x28, 0x48, blocks["d"].shape)
+            blocks["qs"] = rng.integers(0, 256, blocks["qs"].shape)
+            stored = blocks.view(np.uint8).reshape(-1)
+            made = np.asarray(dequantize.dequantize(types.NVFP4, stored, shape), np.float32)
+            count = shape[0] if len(shape) == 3 else 1
+            scale = (values.std() / made.std() * rng.uniform(0.5, 1.5, count)).astype(np.float32)
+            scaled.add_tensor(tensor.name, types.NVFP4, shape, stored)
+            stem = tensor.name.removesuffix("weight")
+            scaled.add_tensor(f"{stem}scale", types.F32, (count,), scale)
+            scaled.add_tensor(f"{stem}input_scale", types.F32, (count,), np.full(count, 7, np.float32))
+            floats.add_tensor(tensor.name, types.F32, shape, made * scale.reshape(-1, *[1] * (len(shape) - 1)))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("architecture", sorted(MODELS))
+def test_scales_beside_nvfp4_matrices_count(architecture: str, fused: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", architecture)
+    layout = {"fused_qkv": True, "fused_experts": True, "old_ssm_in": architecture == "qwen3next"} if fused else {}
+    scaled, plain = tmp_path / "nvfp4.gguf", tmp_path / "plain.gguf"
+    nvfp4_copies(write_gguf(folder, tmp_path / "model.gguf", **layout), scaled, plain)
+    expected = logits(plain)
+    assert expected.std() > 0.1
+    assert (logits(scaled) - expected).abs().max() < 1e-4
+    if "moe" in architecture:
+        assert torch.equal(Session(load(scaled, mmap_experts=True)).feed(IDS), logits(scaled))
+    if not fused:  # and they are multiplied in where the matrix changes its type
+        for source in (scaled, plain):
+            quantize_model(source, source.with_suffix(".q8"), "Q8_0", name="m", allow_requantize=True)
+        ours, theirs = GGUFFile(scaled.with_suffix(".q8")), GGUFFile(plain.with_suffix(".q8"))
+        assert ours.tensors.keys() == theirs.tensors.keys()
+        for name, tensor in ours.tensors.items():
+            np.testing.assert_array_equal(tensor.data, theirs.tensors[name].data, name)
 
 
 @pytest.mark.parametrize("architecture", ["qwen35", "qwen35moe"])

@@ -25,6 +25,7 @@ class Raw:
     quant_type: types.QuantType
     shape: tuple[int, ...]
     data: np.ndarray
+    scales: tuple[float, ...] = ()
 
 
 def build(**changes) -> tuple[Qwen3ForCausalLM, Qwen3, ModelConfig]:

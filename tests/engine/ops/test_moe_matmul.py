@@ -61,6 +61,7 @@ class Block:
     shared_width: int = 0
     norm_topk_prob: bool = True
     seed: int = 0
+    scales: tuple[float, ...] = ()  # one an expert, the same for gate, up and down
     router: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +90,9 @@ class Block:
             return None
         width = self.width if key == "experts" else self.shared_width
         stacks = [
-            module.pack_experts(quant_type, data, *self._shape(i, width), mapped=mapped)
+            module.pack_experts(
+                quant_type, data, *self._shape(i, width), scales=self.scales[: len(data)], mapped=mapped
+            )
             for i, (quant_type, data) in enumerate(self.data[key])
         ]
         return Experts(*stacks)
@@ -120,7 +123,12 @@ class Block:
         def product(key: str, member: int, token: int, width: int) -> torch.Tensor:
             if (key, member) not in cache:
                 cache[key, member] = [
-                    matmul.pack(quant_type, data[member], *self._shape(i, width))
+                    matmul.pack(
+                        quant_type,
+                        data[member],
+                        *self._shape(i, width),
+                        scale=self.scales[member] if self.scales else 1.0,
+                    )
                     for i, (quant_type, data) in enumerate(self.data[key])
                 ]
             gate, up, down = cache[key, member]
@@ -311,3 +319,15 @@ def test_bad_arguments_are_named() -> None:
     for module in (native, reference):
         with pytest.raises(ValueError, match=r"pack_experts: data: expected uint8 \[E, 2176\]"):
             module.pack_experts(quant_type, data[:, :-1], 32, 64)
+
+
+@pytest.mark.parametrize("mix", [("NVFP4",) * 3, ("Q4_K", "Q4_K", "Q6_K")], ids="-".join)
+def test_scales_multiply_the_products_of_their_experts(mix: tuple[str, str, str]) -> None:
+    block = Block(mix, shared_width=256, scales=tuple(0.3 + 0.2 * i for i in range(8)))
+    x = inputs(40, block.hidden)
+    out = block.run(x)
+    expected = block.by_quant_matmul(x)
+    np.testing.assert_allclose(out.numpy(), expected.numpy(), rtol=0, atol=2e-6 * float(expected.abs().max()))
+    twin = block.run(x, reference, compute_dtype=torch.float64, seen=seen_by_kernels) - x
+    assert relative((out - x) - twin, twin) <= 2e-4
+    assert torch.equal(block.run(x, mapped=True), out)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helexa_engine.ops.quant_embedding import native as native_embedding
+from helexa_engine.ops.quant_embedding import reference as reference_embedding
 from helexa_engine.ops.quant_matmul import native, reference
 from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import dequantize, types
@@ -303,6 +304,31 @@ def test_embedding_rows_are_exact(quant_type: QuantType) -> None:
     for bad in (-1, 37):
         with pytest.raises(ValueError, match="quant_embedding: ids: expected 0 to 36, got"):
             native_embedding.quant_embedding(torch.tensor([bad]), packed)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("name", ["NVFP4", "F16", "Q4_K"])
+def test_a_scale_multiplies_the_products_of_its_part(name: str, rows: int) -> None:
+    quant_type, n, cols, scale = types.by_name(name), 37, 256, 0.37
+    data, other = raw_weights(quant_type, n, cols), raw_weights(types.Q8_0, n, cols)
+    x = activations(rows, cols)
+    for module in (native, reference):
+        plain, scaled = (module.pack(quant_type, data, n, cols, scale=s) for s in (1.0, scale))
+        beside = module.pack(types.Q8_0, other, n, cols)
+        expected = module.quant_matmul(x, [plain, beside])
+        expected[:, :n] *= np.float32(scale)
+        assert torch.equal(module.quant_matmul(x, [scaled, beside]), expected)
+        gate, up = expected.split(n, dim=1)
+        gated = module.quant_matmul(x, [scaled, beside], activation="silu_mul")
+        np.testing.assert_allclose(gated, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-5 * gated.abs().max())
+    ids = torch.tensor([36, 0, 17])
+    rows_of = native_embedding.quant_embedding(ids, native.pack(quant_type, data, n, cols, scale=scale))
+    assert torch.equal(rows_of, torch.from_numpy(dequantize.dequantize(quant_type, data, (n, cols)))[ids] * scale)
+    assert torch.equal(
+        rows_of, reference_embedding.quant_embedding(ids, reference.pack(quant_type, data, n, cols, scale=scale))
+    )
+    with pytest.raises(ValueError, match="pack: scales: expected one a matrix or none, got 2"):
+        _native.pack(quant_type.number, data.ctypes.data, n, cols, scales=[1.0, 2.0])
 
 
 def kernel_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

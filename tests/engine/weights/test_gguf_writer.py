@@ -163,10 +163,29 @@ def test_metadata_becomes_a_config(tmp_path: Path) -> None:
     assert ModelConfig.from_checkpoint(checkpoint.architecture, config, checkpoint.where).head_dim == 16
 
 
-def test_a_separate_scale_is_refused_not_ignored(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf", extra=("blk.0.attn_q.scale",))
-    with pytest.raises(UnsupportedCheckpoint, match="blk.0.attn_q.scale.*separate scale"):
-        open_checkpoint(path)
+@pytest.mark.parametrize(
+    ("name", "scale", "message"),
+    [
+        ("blk.0.attn_k", np.ones(1, np.float32), "attn_k.scale.*a scale without its matrix 'blk.0.attn_k.weight'"),
+        (
+            "blk.0.attn_q",
+            np.ones(2, np.float32),
+            "attn_q.scale.*expected the scale of a matrix, .* got .2. for .16, 64.",
+        ),
+        ("blk.0.attn_norm", np.ones(1, np.float32), r"attn_norm.scale.*expected the scale of a matrix, .* for \[64\]"),
+        ("blk.0.attn_q", np.full(1, np.nan, np.float32), "attn_q.scale.*expected finite numbers in F32"),
+        ("blk.0.attn_q", np.ones(1, np.float16), "attn_q.scale.*expected finite numbers in F32, got F16"),
+    ],
+)
+def test_a_scale_that_fits_nothing_is_named(tmp_path: Path, name: str, scale: np.ndarray, message: str) -> None:
+    with GGUFWriter(tmp_path / "m.gguf", QWEN3) as writer:
+        writer.add_tensor("token_embd.weight", types.F32, (32, 64), normal(32, 64))
+        writer.add_tensor("blk.0.attn_q.weight", types.F32, (16, 64), normal(16, 64))
+        writer.add_tensor("blk.0.attn_norm.weight", types.F32, (64,), normal(64))
+        quant_type = types.F16 if scale.dtype == np.float16 else types.F32
+        writer.add_tensor(f"{name}.scale", quant_type, scale.shape, scale)
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_a_renamed_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
