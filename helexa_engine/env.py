@@ -75,6 +75,11 @@ def api_key() -> str | None:
     return _get("API_KEY")
 
 
+def admin_key() -> str | None:
+    """``HELEXA_ADMIN_KEY``: the key that loading and unloading models takes."""
+    return _get("ADMIN_KEY")
+
+
 def _true(name: str, value: str | None) -> bool:
     words = {
         "1": True,

@@ -147,8 +147,24 @@ Event = PromptProcessed | Delta | Finished | Failed
 
 
 @dataclass(slots=True)
+class Segment:
+    """A run of one kind within an answer: text of reasoning or of content, or tool call number ``call_index``.
+
+    ``logprobs`` are those that came with the text.
+    """
+
+    kind: Literal["reasoning", "content", "tool_call"]
+    text: str = ""
+    call_index: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Completion:
-    """One finished answer. ``logprobs`` has one entry a generated token when the request asked for it, else None."""
+    """One finished answer. ``logprobs`` has one entry a generated token when the request asked for it, else None.
+
+    ``segments`` has reasoning, text and calls in the order in which the model wrote them.
+    """
 
     index: int = 0
     text: str = ""
@@ -160,6 +176,22 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
     timings: Timings = field(default_factory=lambda: Timings(0.0, 0.0, 0.0))
+    segments: list[Segment] = field(default_factory=list)
+
+    def add_text(self, delta: ContentDelta | ReasoningDelta) -> None:
+        """Appends text, to the last segment if that is of the same kind."""
+        if isinstance(delta, ContentDelta):
+            self.text += delta.text
+            kind: Literal["reasoning", "content"] = "content"
+        else:
+            self.reasoning += delta.text
+            kind = "reasoning"
+        if not self.segments or self.segments[-1].kind != kind:
+            if not delta.text:
+                return
+            self.segments.append(Segment(kind))
+        self.segments[-1].text += delta.text
+        self.segments[-1].logprobs += delta.logprobs
 
 
 @dataclass(slots=True)
@@ -234,11 +266,10 @@ class Collector:
         completion.token_ids.extend(event.token_ids)
         if completion.logprobs is not None:
             completion.logprobs.extend(event.logprobs)
-        if isinstance(event, ContentDelta):
-            completion.text += event.text
-        elif isinstance(event, ReasoningDelta):
-            completion.reasoning += event.text
+        if isinstance(event, ContentDelta | ReasoningDelta):
+            completion.add_text(event)
         elif isinstance(event, ToolCallStart):
+            completion.segments.append(Segment("tool_call", call_index=event.call_index))
             completion.tool_calls.append(ToolCall(event.id, event.name, ""))
         elif isinstance(event, ToolCallDelta):
             call = completion.tool_calls[event.call_index]

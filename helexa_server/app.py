@@ -16,7 +16,9 @@ from typing import TypeVar
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import InvalidRequest
@@ -26,37 +28,68 @@ from .auth import RequireApiKey
 from .config import ServerConfig
 from .endpoints import Generate
 from .errors import HANDLERS, CannotListen, as_helexa_error
+from .http_protocol import HttpProtocol
 from .logs import configure_logging
 from .metrics import ModelMetrics
+from .request_ids import RequestIds
+from .running_requests import RunningRequests
 from .served_model import Engine, ServedModel, ServedModels, model_name
-from .wire import openai_chat, openai_completions
+from .wire import anthropic_messages, openai_chat, openai_completions, openai_responses
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+
 ROUTES = [
     Route("/v1/chat/completions", Generate(openai_chat), methods=["POST"]),
     Route("/v1/completions", Generate(openai_completions), methods=["POST"]),
+    Route("/v1/embeddings", endpoints.embeddings, methods=["POST"]),
+    Route("/v1/responses", Generate(openai_responses), methods=["POST"]),
+    Route("/v1/messages", Generate(anthropic_messages), methods=["POST"]),
+    Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
     Route("/v1/models", endpoints.list_models),
     Route("/v1/models/{model_id:path}", endpoints.get_model),
+    Route("/v1/requests/{request_id}/cancel", endpoints.cancel_request, methods=["POST"]),
+    Route("/v1/requests/{request_id}/stop-thinking", endpoints.stop_thinking, methods=["POST"]),
+    Route("/apply-template", endpoints.apply_template, methods=["POST"]),
     Route("/tokenize", endpoints.tokenize, methods=["POST"]),
     Route("/detokenize", endpoints.detokenize, methods=["POST"]),
     Route("/health", endpoints.health),
     Route("/ready", endpoints.ready),
     Route("/version", endpoints.version),
+    Route("/discovery", endpoints.discovery),
     Route("/metrics", endpoints.get_metrics),
 ]
 
 
+#: Pages on this machine may read the answers, whatever port they come from; no other page may.
+LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+
+
+class App(Starlette):
+    """Starlette with our layers around even its own error page: every answer has its id, and local pages may read it."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        shared = CORSMiddleware(
+            super().build_middleware_stack(),
+            allow_origin_regex=LOCAL_PAGES,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "request-id", "retry-after"),
+        )
+        return RequestIds(shared)
+
+
 def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette:
     """The ASGI application over ``models``, which may still be loading. Raises :class:`InvalidRequest`."""
-    key = config.api_key()
-    middleware = [] if key is None else [Middleware(RequireApiKey, api_key=key)]
-    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=HANDLERS)
+    keys = config.keys()
+    middleware = [Middleware(RequireApiKey, keys=keys)] if keys else []
+    app = App(routes=ROUTES, middleware=middleware, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     app.state.config = config
     app.state.models = ServedModels(models)
+    app.state.running = RunningRequests()
     app.state.metrics = {model.id: ModelMetrics() for model in models}
     return app
 
@@ -194,6 +227,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=HttpProtocol,
+                h11_max_incomplete_event_size=config.max_header_bytes,
                 lifespan="off",
                 log_config=None,
                 access_log=False,

@@ -13,46 +13,71 @@ from helexa_engine.config import check_fields, knob
 from helexa_engine.errors import InvalidRequest
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Keys:
+    """The keys a server takes. Without ``clients`` anyone may ask; without ``admin`` every client may do what an admin may."""
+
+    clients: tuple[str, ...] = ()
+    admin: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.clients) or self.admin is not None
+
+
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """Settings of ``helexa serve``. Field help is the documentation of each.
 
-    The API key itself is no field, so that it never stands on a command line: see :meth:`api_key`.
+    Keys themselves are no fields, so that they never stand on a command line: see :meth:`keys`.
     """
 
     host: str = knob("127.0.0.1", "address to listen on; anything but loopback needs an API key or --insecure")
     port: int = knob(8080, "port to listen on; 0 takes any free one", low=0, high=65535)
     api_key_file: str | None = knob(
-        None, "file with the key clients must send, readable by its owner alone; or set HELEXA_API_KEY"
+        None, "file with the keys clients may send, one a line, readable by its owner alone; or set HELEXA_API_KEY"
+    )
+    admin_key_file: str | None = knob(
+        None, "file with the key that /models/load and /models/unload take; or set HELEXA_ADMIN_KEY"
     )
     insecure: bool = knob(False, "listen beyond loopback without an API key")
     served_model_name: str | None = knob(None, "name clients use for the model; default: from its file, folder or id")
     max_body_bytes: int = knob(32 * 2**20, "largest request body accepted, in bytes", low=1024)
+    max_header_bytes: int = knob(32 * 2**10, "largest request line and headers accepted, in bytes", low=1024)
     load_wait_seconds: float = knob(60.0, "how long a request waits for a model that is loading", low=0)
     keep_alive_seconds: float = knob(10.0, "silence in a stream after which a no-op chunk is sent", low=0.01)
+    stall_seconds: float = knob(
+        60.0, "how long a client may read nothing of a stream before it counts as gone", low=0.01
+    )
     log_format: Literal["text", "json"] = knob("text", "how log lines look on stderr")
     shutdown_seconds: float = knob(10.0, "how long running requests may go on after a signal to stop", low=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def api_key(self) -> str | None:
-        """The key clients must send, from ``HELEXA_API_KEY`` or ``api_key_file``; None leaves the server open.
+    def keys(self) -> Keys:
+        """The keys to take, from the environment or else from files; none leaves the server open.
 
         Raises:
-            InvalidRequest: the file is missing, empty or readable by others; or there is no key and ``host`` is not
-                loopback and ``insecure`` is not set.
+            InvalidRequest: a file is missing, empty or readable by others; or there is no key for clients and ``host`` is
+                not loopback and ``insecure`` is not set.
         """
-        key = env.api_key()
-        if key is None and self.api_key_file is not None:
-            key = _read_key(Path(self.api_key_file))
-        if key is None and not self.insecure and not _is_loopback(self.host):
+        client, admin = env.api_key(), env.admin_key()
+        clients: tuple[str, ...] = () if client is None else (client,)
+        if client is None and self.api_key_file is not None:
+            clients = _read_keys("api_key_file", self.api_key_file)
+        if admin is None and self.admin_key_file is not None:
+            admin, *more = _read_keys("admin_key_file", self.admin_key_file)
+            if more:
+                raise InvalidRequest(
+                    "admin_key_file", f"expected one key in {self.admin_key_file}, got {1 + len(more)}"
+                )
+        if not clients and not self.insecure and not _is_loopback(self.host):
             raise InvalidRequest(
                 "host",
                 f"{self.host} is reachable from other machines and no API key is set; set HELEXA_API_KEY or "
                 "--api-key-file, listen on 127.0.0.1, or pass --insecure to serve everybody who can connect",
             )
-        return key
+        return Keys(clients, admin)
 
 
 def _is_loopback(host: str) -> bool:
@@ -64,14 +89,17 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _read_key(path: Path) -> str:
+def _read_keys(field: str, name: str) -> tuple[str, ...]:
+    """The lines of the file but empty ones and ``#`` comments; at least one."""
+    path = Path(name)
     try:
         mode = path.stat().st_mode
-        key = path.read_text(encoding="utf-8").strip()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest("api_key_file", f"cannot read {path}: {error}") from None
+        raise InvalidRequest(field, f"cannot read {path}: {error}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise InvalidRequest("api_key_file", f"{path} is open to other users; run: chmod 600 {path}")
-    if not key or not key.isprintable() or not key.isascii() or " " in key:
-        raise InvalidRequest("api_key_file", f"expected {path} to hold one line of printable ASCII without spaces")
-    return key
+        raise InvalidRequest(field, f"{path} is open to other users; run: chmod 600 {path}")
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys or not all(key.isprintable() and key.isascii() and " " not in key for key in keys):
+        raise InvalidRequest(field, f"expected {path} to hold keys, one a line, of printable ASCII without spaces")
+    return keys

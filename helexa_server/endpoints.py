@@ -20,19 +20,26 @@ from helexa_engine.events import Collector, Event, Failed
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.version import __version__
 
-from . import metrics, sse
+from . import devices, metrics, sse
+from .auth import IS_ADMIN, OWNER
 from .config import ServerConfig
 from .errors import (
     RECORD,
     BodyTooLarge,
+    EmbeddingsUnsupported,
+    RequestCancelled,
+    RequestNotFound,
     ServiceUnavailable,
     UnsupportedMediaType,
     as_helexa_error,
     error_response,
     status_of,
 )
+from .request_ids import CLIENT_ID, REQUEST_ID
 from .request_record import RequestRecord
-from .served_model import RETRY_AFTER_SECONDS, ServedModel, ServedModels
+from .running_requests import RunningRequests, Steerable
+from .served_model import RETRY_AFTER_SECONDS, Engine, ServedModel, ServedModels
+from .wire import anthropic_messages, openai_chat
 from .wire.frame import Call, Frame, Projection, Wire, decode
 
 log = logging.getLogger(__name__)
@@ -89,6 +96,10 @@ async def unless_disconnected(receive: Receive, work: Awaitable[Result]) -> Resu
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
+#: Events kept for a client that reads more slowly than the model writes; beyond them the request waits for it.
+MAX_BACKLOG = 1024
+
+
 class Generation:
     """The running requests of one call: their events merged as they come. Leaving the context aborts what still runs."""
 
@@ -96,7 +107,7 @@ class Generation:
         self._model = model
         self._requests = requests
         self._load_wait_seconds = load_wait_seconds
-        self._events: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue(MAX_BACKLOG)
         self._tasks: list[asyncio.Task[None]] = []
         self._running = len(requests)
 
@@ -111,15 +122,29 @@ class Generation:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def cancel(self) -> None:
+        """Ends the requests: :meth:`next` raises :class:`RequestCancelled` ahead of whatever has not been read."""
+        for task in self._tasks:
+            task.cancel()
+        while not self._events.empty():
+            self._events.get_nowait()
+        self._events.put_nowait((0, Failed(RequestCancelled("the request was cancelled"))))
+
+    def stop_thinking(self) -> None:
+        """Ends the reasoning of those that are at it."""
+        if (engine := self._model.engine) is not None:
+            for request in self._requests:
+                engine.stop_thinking(request.request_id)
+
     async def _run(self, prompt_index: int, request: GenerateRequest) -> None:
         try:
             engine = await self._model.ready(self._load_wait_seconds)
             async with contextlib.aclosing(engine.generate(request)) as events:  # closing it aborts the request
                 async for event in events:
-                    self._events.put_nowait((prompt_index, event))
+                    await self._events.put((prompt_index, event))
         except Exception as error:
-            self._events.put_nowait((prompt_index, Failed(as_helexa_error(error))))
-        self._events.put_nowait((prompt_index, None))
+            await self._events.put((prompt_index, Failed(as_helexa_error(error))))
+        await self._events.put((prompt_index, None))
 
     async def next(self) -> tuple[int, Event] | None:
         """The next event with the index of its prompt; None after the last. Raises the error of a :class:`Failed`."""
@@ -148,18 +173,26 @@ class Generate:
         except ClientDisconnect:
             return
         model = models.find(call.model)
+        names = [asked.request_id for asked in call.requests]
+        if (client_id := scope[CLIENT_ID]) is None:
+            scope[REQUEST_ID] = names[0]
+        else:
+            names.append(client_id)
         record = scope[RECORD] = RequestRecord(
-            request.url.path, model.id, call.requests[0].request_id, request.app.state.metrics[model.id]
+            request.url.path, model.id, names[0], request.app.state.metrics[model.id], client_id
         )
         projector = self.wire.Projector(call, model.id, int(time.time()))
-        stream = Stream(send, self.wire, projector, config.keep_alive_seconds)
+        stream = Stream(send, projector, config)
+        generation = Generation(model, call.requests, config.load_wait_seconds)
+        running: RunningRequests = request.app.state.running
         try:
-            async with Generation(model, call.requests, config.load_wait_seconds) as generation:
-                if call.stream:
-                    await unless_disconnected(receive, stream.run(generation, record))
-                else:
-                    response = await unless_disconnected(receive, self._whole(call, model, generation, record))
-                    await response(scope, receive, send)
+            async with generation:
+                with running.entered(names, scope.get(OWNER), generation):
+                    if call.stream:
+                        await unless_disconnected(receive, stream.run(generation, record))
+                    else:
+                        response = await unless_disconnected(receive, self._whole(call, model, generation, record))
+                        await response(scope, receive, send)
         except ClientGone:
             record.client_gone = True
         except Exception as error:
@@ -188,11 +221,11 @@ class Generate:
 class Stream:
     """Writes the frames of one call. The status goes out with the first frame, so what fails before it has its own status."""
 
-    def __init__(self, send: Send, wire: Wire, projector: Projection, keep_alive_seconds: float) -> None:
+    def __init__(self, send: Send, projector: Projection, config: ServerConfig) -> None:
         self._send = send
-        self._wire = wire
         self._projector = projector
-        self._keep_alive_seconds = keep_alive_seconds
+        self._keep_alive_seconds = config.keep_alive_seconds
+        self._stall_seconds = config.stall_seconds
         self._started = False
 
     async def run(self, generation: Generation, record: RequestRecord) -> None:
@@ -206,8 +239,7 @@ class Stream:
         """Ends the stream with the wire format's error; raises it where nothing has been sent."""
         if not self._started:
             raise error
-        body = self._wire.error_body(error, status_of(error))
-        await self._write([Frame(msgspec.json.encode(body))], last=True)
+        await self._write(self._projector.fail(error, status_of(error)), last=True)
 
     async def _next(self, generation: Generation) -> tuple[int, Event] | None:
         """The next item; meanwhile a no-op frame after every silence. Waiting for an item is never cancelled by one."""
@@ -217,7 +249,7 @@ class Stream:
                 done, _ = await asyncio.wait((waiting,), timeout=self._keep_alive_seconds)
                 if done:
                     return waiting.result()
-                await self._write([self._projector.keep_alive()])
+                await self._write(self._projector.keep_alive())
         finally:
             waiting.cancel()
 
@@ -228,7 +260,56 @@ class Stream:
             self._started = True
             await self._send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
         body = b"".join(map(sse.encode, frames))
-        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        try:
+            async with asyncio.timeout(self._stall_seconds):  # sending waits while the client does not read
+                await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        except TimeoutError:
+            raise ClientGone from None
+
+
+async def cancel_request(request: Request) -> Response:
+    """Ends a request that runs, by the id its client gave it or by that of its answer."""
+    found = _running(request)
+    for running in found:
+        running.cancel()
+    return json_response({"id": request.path_params["request_id"], "cancelled": len(found)})
+
+
+async def stop_thinking(request: Request) -> Response:
+    """Ends the reasoning of a request that runs; it goes on with its answer."""
+    found = _running(request)
+    for running in found:
+        running.stop_thinking()
+    return json_response({"id": request.path_params["request_id"], "stopped": len(found)})
+
+
+def _running(request: Request) -> list[Steerable]:
+    """The client's requests by the name in the path. Raises :class:`RequestNotFound`."""
+    name = request.path_params["request_id"]
+    running: RunningRequests = request.app.state.running
+    found = running.find(name, request.scope.get(OWNER), everyones=request.scope.get(IS_ADMIN, False))
+    if not found:
+        raise RequestNotFound(f"no request of yours goes by {name!r:.80} and still runs")
+    return found
+
+
+# -- Prompts, without an answer
+
+
+async def count_tokens(request: Request) -> Response:
+    """How many tokens the prompt of a Messages body has, as the model would get it."""
+    call = anthropic_messages.parse_request(await read_json_body(request))
+    engine = await _engine(request, call.model)
+    return json_response({"input_tokens": len(await engine.encode_chat(call.requests[0]))})
+
+
+async def apply_template(request: Request) -> Response:
+    """The prompt that the model's template makes of a chat body, as text."""
+    call = openai_chat.parse_request(await read_json_body(request))
+    engine = await _engine(request, call.model)
+    tokens = await engine.encode_chat(call.requests[0])
+    prompt = await asyncio.to_thread(engine.tokenizer.decode, tokens)
+    return json_response({"prompt": prompt, "count": len(tokens)})
 
 
 # -- The server and its models
@@ -248,25 +329,38 @@ async def ready(request: Request) -> Response:
     ]
     if loading:
         # Returned, not raised: a supervisor that polls is no rejected request to log.
-        return error_response(ServiceUnavailable(f"still loading: {', '.join(loading)}", RETRY_AFTER_SECONDS))
+        error = ServiceUnavailable(f"still loading: {', '.join(loading)}", RETRY_AFTER_SECONDS)
+        return error_response(error, request.scope)
     return json_response({"status": "ready"})
 
 
+async def discovery(request: Request) -> Response:
+    """What this host computes with, and why CUDA cannot be used where it cannot."""
+    found = await asyncio.to_thread(devices.describe)
+    return json_response({"version": __version__, **found})
+
+
 async def version(request: Request) -> Response:
+    """The server's name and version."""
     return json_response({"name": "helexa", "version": __version__})
 
 
 async def get_metrics(request: Request) -> Response:
+    """Prometheus' metrics of the server and its models."""
     state = request.app.state
     text = metrics.render((model, state.metrics[model.id]) for model in state.models)
     return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
 
 
 async def list_models(request: Request) -> Response:
-    return json_response({"object": "list", "data": [_model_body(model) for model in request.app.state.models]})
+    """The list in OpenAI's words and in Anthropic's at once."""
+    data = [_model_body(model) for model in request.app.state.models]
+    page = {"has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+    return json_response({"object": "list", "data": data, **page})
 
 
 async def get_model(request: Request) -> Response:
+    """One model: whether it is loaded, its limits and capabilities."""
     name = request.path_params["model_id"]
     return json_response(_model_body(_model(request, name))) if name else await list_models(request)
 
@@ -275,7 +369,10 @@ def _model_body(model: ServedModel) -> dict[str, Any]:
     body: dict[str, Any] = {
         "id": model.id,
         "object": "model",
+        "type": "model",
+        "display_name": model.id,
         "created": model.created,
+        "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created)),
         "owned_by": "helexa",
         "status": "loading" if model.engine is None else "ready",
     }
@@ -285,15 +382,17 @@ def _model_body(model: ServedModel) -> dict[str, Any]:
     else:
         body["max_model_len"] = model.engine.model_info.max_model_len
         body["limit"] = model.engine.model_info.limit
+        body["capabilities"] = model.engine.model_info.capabilities
     return body
 
 
 class TokenizeBody(msgspec.Struct):
-    """vLLM calls the text ``prompt``, llama-server ``content``."""
+    """vLLM calls the text ``prompt``, llama-server ``content``. With ``messages`` it is a chat body."""
 
     model: str | None = None
     prompt: str | None = None
     content: str | None = None
+    messages: list[dict[str, Any]] | None = None
 
 
 class DetokenizeBody(msgspec.Struct):
@@ -302,20 +401,24 @@ class DetokenizeBody(msgspec.Struct):
 
 
 async def tokenize(request: Request) -> Response:
-    """Token ids of a text as it is: no template around it, and special tokens in it stay text."""
-    body = decode(await read_json_body(request), TokenizeBody)
+    """Token ids of a text as it is, without a template and with its special tokens as text; or of messages as the model gets them."""
+    raw = await read_json_body(request)
+    body = decode(raw, TokenizeBody)
+    engine = await _engine(request, body.model)
     text = body.content if body.prompt is None else body.prompt
-    if text is None:
-        raise InvalidRequest("prompt", "expected the text to tokenize")
-    engine = await _model(request, body.model).ready(request.app.state.config.load_wait_seconds)
-    tokens = await asyncio.to_thread(engine.tokenizer.encode, text)
+    if body.messages is not None:
+        tokens = await engine.encode_chat(openai_chat.parse_request(raw).requests[0])
+    elif text is None:
+        raise InvalidRequest("prompt", "expected the text or the messages to tokenize")
+    else:
+        tokens = await asyncio.to_thread(engine.tokenizer.encode, text)
     return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": engine.model_info.max_model_len})
 
 
 async def detokenize(request: Request) -> Response:
     """Text of token ids, under vLLM's name and under llama-server's."""
     body = decode(await read_json_body(request), DetokenizeBody)
-    engine = await _model(request, body.model).ready(request.app.state.config.load_wait_seconds)
+    engine = await _engine(request, body.model)
     for i, token_id in enumerate(body.tokens):
         if not 0 <= token_id < engine.model_info.vocab_size:
             raise InvalidRequest(
@@ -323,6 +426,22 @@ async def detokenize(request: Request) -> Response:
             )
     text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens)
     return json_response({"prompt": text, "content": text})
+
+
+class EmbeddingsBody(msgspec.Struct):
+    input: str | list[Any]
+    model: str | None = None
+
+
+async def embeddings(request: Request) -> Response:
+    """501: none of the models we know gives embeddings."""
+    model = _model(request, decode(await read_json_body(request), EmbeddingsBody).model)
+    raise EmbeddingsUnsupported(f"{model.id} writes text and gives no embeddings; ask a server with an embedding model")
+
+
+async def _engine(request: Request, name: str | None) -> Engine:
+    """The engine of the model of this name, waiting for its load."""
+    return await _model(request, name).ready(request.app.state.config.load_wait_seconds)
 
 
 def _model(request: Request, name: str | None) -> ServedModel:

@@ -7,9 +7,11 @@ import math
 from typing import Any
 
 import msgspec
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from helexa_engine.errors import (
     BackendUnavailable,
@@ -23,12 +25,12 @@ from helexa_engine.errors import (
     UnsupportedCheckpoint,
 )
 
-from .wire import openai
+from .wire import anthropic_messages, openai
 
 log = logging.getLogger(__name__)
 
-#: Key in the ASGI scope of a request whose endpoint writes its log line.
-RECORD = "helexa.record"
+#: Keys in the ASGI scope: the record of a request whose endpoint writes its log line; the error a request ended with.
+RECORD, ERROR = "helexa.record", "helexa.error"
 
 
 class ServiceUnavailable(HelexaError):
@@ -45,6 +47,42 @@ class InvalidApiKey(HelexaError):
     """No key, or not the right one."""
 
     code = "invalid_api_key"
+
+
+class PermissionDenied(HelexaError):
+    """The key is good, but not for this."""
+
+    code = "permission_denied"
+
+
+class RequestNotFound(HelexaError):
+    """No request that runs has this name, or none of this client's."""
+
+    code = "request_not_found"
+
+
+class RequestCancelled(HelexaError):
+    """Somebody else ended the request."""
+
+    code = "request_cancelled"
+
+
+class HeadersTooLarge(HelexaError):
+    """The request's headers exceed what is read of them."""
+
+    code = "headers_too_large"
+
+
+class NotHttp(HelexaError):
+    """What came is no HTTP request."""
+
+    code = "invalid_http"
+
+
+class EmbeddingsUnsupported(HelexaError):
+    """The model writes text and gives no embeddings."""
+
+    code = "embeddings_unsupported"
 
 
 class BodyTooLarge(HelexaError):
@@ -86,9 +124,12 @@ class CannotListen(HelexaError):
 #: Status by exception type, never by message text. A subclass without a row takes its parent's.
 STATUS: dict[type[HelexaError], int] = {
     InvalidRequest: 400,
+    NotHttp: 400,
     InvalidApiKey: 401,
+    PermissionDenied: 403,
     ModelNotFound: 404,
     RouteNotFound: 404,
+    RequestNotFound: 404,
     MethodNotAllowed: 405,
     BodyTooLarge: 413,
     UnsupportedMediaType: 415,
@@ -97,8 +138,11 @@ STATUS: dict[type[HelexaError], int] = {
     UnsupportedCheckpoint: 422,
     BackendUnavailable: 422,
     Overloaded: 429,
+    HeadersTooLarge: 431,
+    RequestCancelled: 499,  # nginx's word; clients must not take it for something to repeat, as they do 409
     HelexaError: 500,
     EngineDied: 500,
+    EmbeddingsUnsupported: 501,
     ServiceUnavailable: 503,
 }
 
@@ -107,8 +151,16 @@ def status_of(error: HelexaError) -> int:
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
-def error_response(error: HelexaError, headers: dict[str, str] | None = None) -> Response:
+def error_body(error: HelexaError, scope: Scope) -> dict[str, Any]:
+    """The envelope that the caller understands, also of errors raised before an endpoint, and so its wire, is known."""
+    anthropic = scope["path"].startswith("/v1/messages") or "anthropic-version" in Headers(scope=scope)
+    body = anthropic_messages.error_body if anthropic else openai.error_body
+    return body(error, status_of(error))
+
+
+def error_response(error: HelexaError, scope: Scope, headers: dict[str, str] | None = None) -> Response:
     """The envelope with its status, and ``Retry-After`` where the error says when to come back."""
+    scope[ERROR] = error
     status = status_of(error)
     headers = dict(headers or {})
     retry_after = getattr(error, "retry_after_seconds", None)
@@ -116,7 +168,9 @@ def error_response(error: HelexaError, headers: dict[str, str] | None = None) ->
         headers["retry-after"] = str(max(1, math.ceil(retry_after)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = msgspec.json.encode(openai.error_body(error, status))
+    if status == 501:
+        headers["x-should-retry"] = "false"  # clients repeat what ends with 5xx
+    body = msgspec.json.encode(error_body(error, scope))
     return Response(body, status, headers, media_type="application/json")
 
 
@@ -130,9 +184,7 @@ def as_helexa_error(error: Exception) -> HelexaError:
 
 async def on_helexa_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HelexaError)
-    if RECORD not in request.scope:  # else the endpoint writes the line, with what it knows more
-        log.info("%s %s rejected: %s: %s", request.method, request.url.path, error.code, error.message)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -140,14 +192,14 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = {404: RouteNotFound, 405: MethodNotAllowed}.get(error.status_code)
     if kind is None:
-        return error_response(as_helexa_error(error))
+        return error_response(as_helexa_error(error), request.scope)
     what = "no such route" if error.status_code == 404 else f"{request.method} is not allowed here"
-    return error_response(kind(f"{request.url.path}: {what}"), dict(error.headers or {}))
+    return error_response(kind(f"{request.url.path}: {what}"), request.scope, dict(error.headers or {}))
 
 
 async def on_exception(request: Request, error: Exception) -> Response:
     """Anything unforeseen. Starlette raises it again after this, so the server logs it once, with the traceback."""
-    return error_response(InternalError("internal error; the server's log has the details"))
+    return error_response(InternalError("internal error; the server's log has the details"), request.scope)
 
 
 HANDLERS: dict[Any, Any] = {

@@ -22,6 +22,7 @@ class RequestRecord:
     model: str
     request_id: str
     metrics: ModelMetrics
+    client_id: str | None = None
     started: float = field(default_factory=time.monotonic)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -61,9 +62,10 @@ class RequestRecord:
             self.metrics.request_latency.observe(seconds)
             self.metrics.finished.update(self.reasons or ["abort"])
         log.info(
-            "%s id=%s model=%s prompt=%d cached=%d completion=%d reason=%s ttft=%s seconds=%.3f client=%s%s",
+            "%s id=%s%s model=%s prompt=%d cached=%d completion=%d reason=%s ttft=%s seconds=%.3f client=%s%s",
             self.path,
             self.request_id,
+            f" client_id={self.client_id}" if self.client_id else "",
             self.model,
             self.prompt_tokens,
             self.cached_tokens,

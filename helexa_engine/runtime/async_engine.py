@@ -56,6 +56,14 @@ class AsyncEngine:
         """Gauges and counters; never waits for the device."""
         return self._loaded.thread.stats()
 
+    async def encode_chat(self, request: GenerateRequest) -> list[int]:
+        """Token ids of the request's messages as the model would get them.
+
+        Raises:
+            InvalidRequest, TemplateRenderFailed.
+        """
+        return await asyncio.to_thread(self._loaded.encode_chat, request)
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of one request, as they come. Closing the iterator aborts the request within one step, in any phase.
 

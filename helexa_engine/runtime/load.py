@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import env
@@ -50,6 +50,7 @@ class ModelInfo:
         vocab_size: width of the logits.
         max_model_len: longest prompt plus answer, in tokens, derived from what fits.
         weight_bytes, kv_bytes, state_bytes: memory taken by weights and reserved for KV pages and recurrent states.
+        capabilities: what may be asked of it, as its chat template was seen to do.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelInfo:
     weight_bytes: int
     kv_bytes: int
     state_bytes: int
+    capabilities: dict[str, bool] = field(default_factory=dict)
 
     @property
     def limit(self) -> dict[str, int]:
@@ -125,6 +127,10 @@ class LoadedModel:
         prepared = self._processor.prepare(request)
         return engine_request(request.request_id, prepared), RequestEvents(self._processor, prepared)
 
+    def encode_chat(self, request: GenerateRequest) -> list[int]:
+        """Token ids of the request's messages as the model would get them. Raises what :meth:`prepare` raises for them."""
+        return self._processor.encode_chat(request)
+
     def close(self, timeout: float) -> bool:
         """Ends running requests and frees the model; False when the step under way took longer than ``timeout`` seconds."""
         return self.thread.close(timeout)
@@ -171,6 +177,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         weight_bytes=weight_bytes,
         kv_bytes=memory.kv_bytes,
         state_bytes=memory.state_bytes,
+        capabilities=processor.capabilities(),
     )
     report("ready", 1.0)
     return LoadedModel(engine, processor, info)

@@ -37,6 +37,7 @@ class FakeModelInfo:
     weight_bytes: int = 1000
     kv_bytes: int = 100
     state_bytes: int = 0
+    capabilities: dict[str, bool] = field(default_factory=lambda: {"chat": True, "tools": True})
     limit: dict[str, int] = field(default_factory=lambda: {"context": 4096, "input": 4095, "output": 4095})
 
 
@@ -61,6 +62,7 @@ class FakeEngine:
 
     Attributes:
         requests: what came, in order.
+        told_to_answer: ids of requests whose thinking was ended from outside.
         aborted: ids of requests whose iterator was closed before its last event.
         num_running: iterators that are open.
     """
@@ -73,8 +75,14 @@ class FakeEngine:
         self.tokenizer = ByteTokenizer()
         self.requests: list[GenerateRequest] = []
         self.aborted: list[str] = []
+        self.told_to_answer: list[str] = []
         self.num_running = 0
         self.closed = False
+
+    async def encode_chat(self, request: GenerateRequest) -> list[int]:
+        """The contents of the messages, one token a byte."""
+        contents = [message.get("content") or "" for message in request.messages or ()]
+        return self.tokenizer.encode("\n".join(contents))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         if self.closed:
@@ -96,6 +104,10 @@ class FakeEngine:
             self.num_running -= 1
             if not complete:
                 self.aborted.append(request.request_id)
+
+    def stop_thinking(self, request_id: str) -> bool:
+        self.told_to_answer.append(request_id)
+        return True
 
     def stats(self) -> EngineStats:
         return EngineStats(self.num_running, 0, 0, 1, 0, 0, 0, 0)

@@ -74,6 +74,20 @@ class RequestProcessor:
         if chat_template is not None:
             log.info("chat template: %s", chat_template.capabilities)
 
+    def capabilities(self) -> dict[str, bool]:
+        """What may be asked of the model."""
+        seen = None if self.chat_template is None else self.chat_template.capabilities
+        return {
+            "completion": True,
+            "structured_output": True,
+            "vision": False,
+            "embeddings": False,
+            "chat": seen is not None,
+            "tools": seen is not None and seen.tools,
+            "parallel_tool_calls": seen is not None and seen.parallel_tool_calls,
+            "thinking": seen is not None and seen.thinking,
+        }
+
     def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Raises :class:`InvalidRequest` and :class:`TemplateRenderFailed`; the length of the prompt is the engine's to judge."""
         chat = request.messages is not None

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from helexa_engine.errors import HelexaError, InvalidRequest
-from helexa_engine.events import Event, GenerationResult
+from helexa_engine.events import (
+    Completion,
+    ContentDelta,
+    Delta,
+    Event,
+    GenerationResult,
+    ReasoningDelta,
+    ToolCallDelta,
+    ToolCallStart,
+)
 from helexa_engine.generate_request import GenerateRequest
 
 Body = TypeVar("Body")
@@ -27,6 +37,11 @@ def json_frame(payload: Any) -> Frame:
     return Frame(msgspec.json.encode(payload))
 
 
+def typed_frame(payload: dict[str, Any]) -> Frame:
+    """An event that goes by the name its payload has as ``type``, as the Responses and Messages formats write them."""
+    return Frame(msgspec.json.encode(payload), payload["type"])
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """A parsed request body: what the engine shall do, and how the answer shall look.
@@ -37,6 +52,9 @@ class Call:
         stream: answer in frames.
         include_usage: end a stream with a usage frame.
         parallel_tool_calls: False keeps only the first call of each answer.
+        hide_reasoning: the client wants to know that there was reasoning, not what it was.
+        seal_reasoning: the client keeps no text of reasoning and wants it in a form to send back.
+        repeated: what this wire format says again in its answer, such as the tools.
     """
 
     model: str | None
@@ -44,6 +62,15 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     parallel_tool_calls: bool = True
+    hide_reasoning: bool = False
+    seal_reasoning: bool = False
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+
+    def keeps(self, event: Delta) -> bool:
+        """Whether the client is to see ``event``: not a call beyond the one it allows."""
+        return self.parallel_tool_calls or not (
+            isinstance(event, ToolCallStart | ToolCallDelta) and event.call_index > 0
+        )
 
 
 class Projection(Protocol):
@@ -51,12 +78,16 @@ class Projection(Protocol):
 
     def push(self, event: Event, prompt_index: int = 0) -> list[Frame]: ...
 
-    def keep_alive(self) -> Frame:
-        """A frame that changes nothing, sent after a silence."""
+    def keep_alive(self) -> list[Frame]:
+        """Frames that change nothing, sent after a silence."""
         ...
 
     def finish(self) -> list[Frame]:
         """The frames after the last event."""
+        ...
+
+    def fail(self, error: HelexaError, status: int) -> list[Frame]:
+        """The frames that end a stream which cannot go on. ``status`` is what the error would have been without a stream."""
         ...
 
 
@@ -93,3 +124,28 @@ def decode(body: bytes | msgspec.Raw, kind: type[Body], at: str = "") -> Body:
         raise InvalidRequest("body", f"expected JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("body", "nested too deeply") from None
+
+
+def deltas(completion: Completion) -> Iterator[Delta]:
+    """The deltas of a whole answer, one a segment: what a stream of it would have said, in fewer words."""
+    for segment in completion.segments:
+        if segment.kind == "reasoning":
+            yield ReasoningDelta(completion.index, segment.text)
+        elif segment.kind == "content":
+            yield ContentDelta(completion.index, segment.text, logprobs=tuple(segment.logprobs))
+        else:
+            call = completion.tool_calls[segment.call_index]
+            yield ToolCallStart(completion.index, segment.call_index, call.id, call.name)
+            yield ToolCallDelta(completion.index, segment.call_index, call.arguments)
+
+
+@contextlib.contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of a block name fields as the client does: ``names`` has the client's name for each of ours."""
+    try:
+        yield
+    except InvalidRequest as error:
+        stem = re.match(r"\w+", error.path)
+        if stem is None or stem[0] not in names:
+            raise
+        raise InvalidRequest(names[stem[0]] + error.path[stem.end() :], error.reason) from None

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from helexa_engine.errors import InvalidRequest
+from helexa_engine.errors import HelexaError, InvalidRequest
 from helexa_engine.events import (
     Completion,
     ContentDelta,
@@ -173,10 +173,7 @@ class Projector:
             return {"content": event.text} if event.text else {}
         if isinstance(event, ReasoningDelta):
             return {"reasoning_content": event.text} if event.text else {}
-        return {"tool_calls": [_tool_call_fragment(event)]} if self._keeps(event.call_index) else {}
-
-    def _keeps(self, call_index: int) -> bool:
-        return self._call.parallel_tool_calls or call_index == 0
+        return {"tool_calls": [_tool_call_fragment(event)]} if self._call.keeps(event) else {}
 
     def _last_chunk(self, event: Finished) -> Frame:
         self._unfinished -= 1
@@ -200,8 +197,11 @@ class Projector:
     def _chunk(self, choice: dict[str, Any]) -> Frame:
         return json_frame({**self._head, "choices": [choice]})
 
-    def keep_alive(self) -> Frame:
-        return self._chunk({"index": 0, "delta": {}, "finish_reason": None})
+    def keep_alive(self) -> list[Frame]:
+        return [self._chunk({"index": 0, "delta": {}, "finish_reason": None})]
+
+    def fail(self, error: HelexaError, status: int) -> list[Frame]:
+        return [json_frame(error_body(error, status))]
 
     def finish(self) -> list[Frame]:
         done = Frame(b"[DONE]")

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from helexa_engine.errors import InvalidRequest
+from helexa_engine.errors import HelexaError, InvalidRequest
 from helexa_engine.events import (
     ContentDelta,
     Event,
@@ -116,8 +116,11 @@ class Projector:
     def _chunk(self, choice: dict[str, Any]) -> Frame:
         return json_frame({**self._head, "choices": [choice]})
 
-    def keep_alive(self) -> Frame:
-        return self._chunk({"index": 0, "text": "", "logprobs": None, "finish_reason": None})
+    def keep_alive(self) -> list[Frame]:
+        return [self._chunk({"index": 0, "text": "", "logprobs": None, "finish_reason": None})]
+
+    def fail(self, error: HelexaError, status: int) -> list[Frame]:
+        return [json_frame(error_body(error, status))]
 
     def finish(self) -> list[Frame]:
         done = Frame(b"[DONE]")

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import anthropic
 import httpx
 import openai
+from starlette.applications import Starlette
 
 from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_server.app import Server, create_app, listen, url
@@ -33,12 +35,18 @@ class Live:
 
     url: str
     model: ServedModel
+    app: Starlette
     loop: asyncio.AbstractEventLoop
     stop: Callable[[], None]
 
     def openai(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=options.pop("api_key", "none"), max_retries=0, **options
+        )
+
+    def anthropic(self, **options: Any) -> anthropic.Anthropic:
+        return anthropic.Anthropic(
+            base_url=self.url, api_key=options.pop("api_key", "none"), max_retries=0, timeout=20.0, **options
         )
 
     def http(self, **options: Any) -> httpx.Client:
@@ -53,7 +61,8 @@ def live_server(engine: FakeEngine | None, **options: Any) -> Iterator[Live]:
     if engine is not None:
         model.loaded(engine)
     listener = listen(config.host, config.port)
-    server = Server(create_app([model], config), config)
+    app = create_app([model], config)
+    server = Server(app, config)
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def main() -> None:
@@ -64,7 +73,7 @@ def live_server(engine: FakeEngine | None, **options: Any) -> Iterator[Live]:
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Live(url(listener), model, loops[0], server.stop)
+        yield Live(url(listener), model, app, loops[0], server.stop)
     finally:
         server.stop()
         thread.join(timeout=10)

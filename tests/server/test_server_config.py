@@ -8,27 +8,31 @@ import pytest
 
 from helexa_engine.config import resolve
 from helexa_engine.errors import InvalidRequest
-from helexa_server.config import ServerConfig
+from helexa_server.config import Keys, ServerConfig
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HELEXA_API_KEY", raising=False)
+    monkeypatch.delenv("HELEXA_ADMIN_KEY", raising=False)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
 def test_loopback_needs_no_key(host: str) -> None:
-    assert ServerConfig(host=host).api_key() is None
+    assert not ServerConfig(host=host).keys()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
 def test_a_wider_bind_needs_a_key_or_insecure(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRequest, match="--insecure") as caught:
-        ServerConfig(host=host).api_key()
+        ServerConfig(host=host).keys()
     assert caught.value.path == "host"
-    assert ServerConfig(host=host, insecure=True).api_key() is None
+    assert not ServerConfig(host=host, insecure=True).keys()
+    monkeypatch.setenv("HELEXA_ADMIN_KEY", "open")
+    with pytest.raises(InvalidRequest, match="--insecure"):
+        ServerConfig(host=host).keys()
     monkeypatch.setenv("HELEXA_API_KEY", "sesame")
-    assert ServerConfig(host=host).api_key() == "sesame"
+    assert ServerConfig(host=host).keys() == Keys(("sesame",), "open")
 
 
 def key_file(path: Path, text: str, mode: int = 0o600) -> str:
@@ -37,22 +41,33 @@ def key_file(path: Path, text: str, mode: int = 0o600) -> str:
     return str(path)
 
 
-def test_key_from_a_file(tmp_path: Path) -> None:
-    assert ServerConfig(api_key_file=key_file(tmp_path / "key", "sesame\n")).api_key() == "sesame"
+def test_keys_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """contracts.md 3: keys: none, one, a file of keys, an admin key."""
+    clients = key_file(tmp_path / "keys", "# ann\nsesame\n\n  poppy  \n")
+    admin = key_file(tmp_path / "admin", "open\n")
+    assert ServerConfig(api_key_file=clients).keys() == Keys(("sesame", "poppy"))
+    assert ServerConfig(api_key_file=clients, admin_key_file=admin).keys() == Keys(("sesame", "poppy"), "open")
+    assert ServerConfig(admin_key_file=admin).keys() == Keys((), "open")
+    with pytest.raises(InvalidRequest, match="expected one key") as caught:
+        ServerConfig(admin_key_file=clients).keys()
+    assert caught.value.path == "admin_key_file"
+    monkeypatch.setenv("HELEXA_API_KEY", "first")
+    assert ServerConfig(api_key_file=clients).keys() == Keys(("first",)), "the environment comes before the file"
+    assert "sesame" not in repr(Keys(("sesame",)))
 
 
 @pytest.mark.parametrize(
     ("text", "mode", "message"),
-    [("sesame", 0o644, "chmod 600"), ("", 0o600, "one line"), ("two\nlines", 0o600, "one line")],
+    [("sesame", 0o644, "chmod 600"), ("# none\n", 0o600, "one a line"), ("two words", 0o600, "one a line")],
 )
 def test_bad_key_files(tmp_path: Path, text: str, mode: int, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        ServerConfig(api_key_file=key_file(tmp_path / "key", text, mode)).api_key()
+        ServerConfig(api_key_file=key_file(tmp_path / "key", text, mode)).keys()
 
 
 def test_missing_key_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="No such file"):
-        ServerConfig(api_key_file=str(tmp_path / "key")).api_key()
+        ServerConfig(api_key_file=str(tmp_path / "key")).keys()
 
 
 def test_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
