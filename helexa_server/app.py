@@ -17,13 +17,15 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import InvalidRequest
 
-from . import endpoints
+from . import endpoints, openapi
 from .auth import RequireApiKey
 from .config import ServerConfig
 from .endpoints import Generate
@@ -41,6 +43,11 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+async def get_openapi(request: Request) -> Response:
+    """This description of the server."""
+    return endpoints.json_response(openapi.document())
+
+
 ROUTES = [
     Route("/v1/chat/completions", Generate(openai_chat), methods=["POST"]),
     Route("/v1/completions", Generate(openai_completions), methods=["POST"]),
@@ -55,6 +62,7 @@ ROUTES = [
     Route("/apply-template", endpoints.apply_template, methods=["POST"]),
     Route("/tokenize", endpoints.tokenize, methods=["POST"]),
     Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+    Route("/openapi.json", get_openapi),
     Route("/health", endpoints.health),
     Route("/ready", endpoints.ready),
     Route("/version", endpoints.version),
