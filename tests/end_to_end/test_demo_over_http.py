@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -140,3 +141,81 @@ def test_a_prompt_over_the_context(client: openai.OpenAI) -> None:
     assert caught.value.code == "context_length_exceeded"
     body: Any = caught.value.body
     assert body["prompt_len"] > body["max"]
+
+
+# -- The same model through the other wires
+
+GREETING = "What is helexa?"
+GREEDY = {"temperature": 0}  # in the body: not every major of the anthropic client has a word for it
+TOOL: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Tells the weather in a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+
+
+@pytest.fixture(scope="module")
+def claude(server: str) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=server, api_key="none", max_retries=0, timeout=120)
+
+
+def test_every_wire_gives_the_same_words(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    """One question, three wire formats, streamed and not: the same prompt, so the same greedy answer."""
+    messages: Any = [{"role": "user", "content": GREETING}]
+    chat = client.chat.completions.create(
+        model="demo",
+        messages=messages,
+        temperature=0,
+        max_tokens=60,
+        extra_body={"chat_template_kwargs": {"enable_thinking": False}},
+    )
+    response = client.responses.create(
+        model="demo", input=GREETING, temperature=0, max_output_tokens=60, reasoning={"effort": "none"}
+    )
+    message = claude.messages.create(model="demo", messages=messages, max_tokens=60, extra_body=GREEDY)
+    words = chat.choices[0].message.content
+    assert words and response.output_text == words and message.content[0].text == words
+    assert chat.usage is not None and response.usage is not None
+    counted = claude.messages.count_tokens(model="demo", messages=messages).input_tokens
+    assert counted == chat.usage.prompt_tokens == response.usage.input_tokens
+    assert counted == message.usage.input_tokens + message.usage.cache_read_input_tokens
+    with claude.messages.stream(model="demo", messages=messages, max_tokens=60, extra_body=GREEDY) as stream:
+        assert stream.get_final_text() == words
+    with client.responses.stream(
+        model="demo", input=GREETING, temperature=0, max_output_tokens=60, reasoning={"effort": "none"}
+    ) as answer:
+        assert answer.get_final_response().output_text == words
+
+
+def test_a_forced_call_and_its_result_through_each_wire(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    """A tool round trip: the grammar makes the call, its result is read, and count_tokens is exact with tools too."""
+    question: Any = {"role": "user", "content": "How is the weather in Oslo?"}
+    response = client.responses.create(
+        model="demo", input=[question], tools=[TOOL], tool_choice="required", max_output_tokens=200, temperature=0
+    )
+    (call,) = [item for item in response.output if item.type == "function_call"][:1]
+    assert call.name == "get_weather" and "city" in json.loads(call.arguments)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain, 7 degrees."}
+    after = client.responses.create(
+        model="demo", input=[question, *response.output, result], tools=[TOOL], max_output_tokens=60, temperature=0
+    )
+    assert after.usage is not None and response.usage is not None
+    assert after.output and after.usage.input_tokens > response.usage.input_tokens
+
+    tool = {"name": TOOL["name"], "description": TOOL["description"], "input_schema": TOOL["parameters"]}
+    ask: Any = {"model": "demo", "tools": [tool]}
+    with claude.messages.stream(
+        **ask, messages=[question], tool_choice={"type": "any"}, max_tokens=200, extra_body=GREEDY
+    ) as stream:
+        message = stream.get_final_message()
+    use = next(block for block in message.content if block.type == "tool_use")
+    assert use.name == "get_weather" and "city" in use.input and message.stop_reason == "tool_use"
+    turns: Any = [
+        question,
+        {"role": "assistant", "content": message.content},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "Rain, 7 degrees."}]},
+    ]
+    answered = claude.messages.create(**ask, messages=turns, max_tokens=60, extra_body=GREEDY)
+    counted = claude.messages.count_tokens(**ask, messages=turns).input_tokens
+    assert counted == answered.usage.input_tokens + answered.usage.cache_read_input_tokens

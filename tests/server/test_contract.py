@@ -1,0 +1,249 @@
+"""What helexa promises to the programs that talk to it over HTTP, and the tests that hold each promise.
+
+The rows are those of the project's contract for HTTP clients: routes, streaming, requests, what is special to a wire format, errors.
+A row without a test cannot be added, a test that a row names cannot go.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from helexa_server.app import ROUTES
+
+TESTS = Path(__file__).parents[1]
+
+CHAT, COMPLETIONS = "server/test_chat.py", "server/test_completions.py"
+RESPONSES, MESSAGES = "server/test_responses.py", "server/test_messages.py"
+APP, ROUTES_FILE, METRICS = "server/test_app.py", "server/test_routes.py", "server/test_metrics.py"
+WIRE_CHAT, WIRE_COMPLETIONS = "server/wire/test_openai_chat.py", "server/wire/test_openai_completions.py"
+WIRE_RESPONSES, WIRE_MESSAGES = "server/wire/test_openai_responses.py", "server/wire/test_anthropic_messages.py"
+DEMO = "end_to_end/test_demo_over_http.py"
+PARSER, STRUCTURED = "engine/text/test_output_parser.py", "engine/text/test_structured.py"
+ENGINE = "engine/runtime/test_engine.py"
+
+ROWS: dict[str, list[tuple[str, str]]] = {
+    # -- Routes
+    "POST /v1/chat/completions": [(CHAT, "test_whole_answer"), (CHAT, "test_stream")],
+    "POST /v1/completions": [(COMPLETIONS, "test_whole_and_streamed")],
+    "POST /v1/completions: echo and logprobs": [
+        (COMPLETIONS, "test_echo_with_logprobs"),
+        (DEMO, "test_tokens_round_trip_and_prompt_echo"),
+    ],
+    "POST /v1/completions: suffix is refused by name": [(COMPLETIONS, "test_bad_fields")],
+    "POST /v1/responses": [(RESPONSES, "test_whole_answer"), (DEMO, "test_every_wire_gives_the_same_words")],
+    "POST /v1/messages": [(MESSAGES, "test_whole_answer"), (DEMO, "test_every_wire_gives_the_same_words")],
+    "POST /v1/messages/count_tokens": [(MESSAGES, "test_count_tokens_is_the_prompt_of_the_same_body")],
+    "POST /tokenize, /detokenize": [
+        (APP, "test_tokenize_and_detokenize"),
+        (DEMO, "test_tokens_round_trip_and_prompt_echo"),
+    ],
+    "POST /apply-template": [(ROUTES_FILE, "test_apply_template_and_tokenize_messages")],
+    "GET /v1/models[/{id}]": [(APP, "test_models_and_version"), (ROUTES_FILE, "test_models_in_the_words_of_both")],
+    "GET /health (process up), /ready (can serve)": [(APP, "test_while_loading"), (APP, "test_models_and_version")],
+    "GET /version": [(APP, "test_models_and_version")],
+    "GET /discovery": [(ROUTES_FILE, "test_discovery")],
+    "GET /metrics": [(METRICS, "test_requests_are_counted_and_timed")],
+    "POST /v1/requests/{id}/cancel": [(ROUTES_FILE, "test_cancel"), (ROUTES_FILE, "test_cancel_in_mid_stream")],
+    "POST /v1/requests/{id}/stop-thinking": [(ROUTES_FILE, "test_cancel")],
+    "/v1/embeddings answers 501 with the envelope where the model can't": [
+        (ROUTES_FILE, "test_embeddings_are_not_implemented_and_not_repeated")
+    ],
+    "Unknown body fields are ignored": [
+        (WIRE_CHAT, "test_unknown_fields_are_ignored"),
+        (WIRE_RESPONSES, "test_unknown_fields_are_ignored"),
+        (WIRE_MESSAGES, "test_unknown_fields_are_ignored"),
+    ],
+    # -- Streaming
+    "The role comes with the first real token": [(CHAT, "test_stream"), (CHAT, "test_empty_answer_still_has_a_role")],
+    "Every chunk has the same id, created, model": [(CHAT, "test_stream")],
+    "Reasoning in reasoning_content; reasoning accepted on input": [
+        (CHAT, "test_tools_and_reasoning"),
+        (WIRE_CHAT, "test_what_clients_really_send"),
+    ],
+    "Tool calls: index, id, type, name and empty arguments first, then fragments": [(CHAT, "test_tools_and_reasoning")],
+    "Fragments concatenate to valid JSON, while the model writes them, for both Qwen syntaxes": [
+        (PARSER, "test_arguments_stream_while_they_are_written"),
+        (PARSER, "test_chunking_does_not_matter_and_calls_are_json"),
+    ],
+    "include_usage: a last chunk with choices: []": [(CHAT, "test_stream")],
+    "cached_tokens and reasoning_tokens always; timings": [
+        (CHAT, "test_whole_answer"),
+        (CHAT, "test_stream_without_usage_ends_with_timings_then_done"),
+    ],
+    "After 10 s without bytes: a no-op chunk on chat": [(CHAT, "test_silence_is_filled_with_empty_chunks")],
+    "After 10 s without bytes: event: ping on messages": [(MESSAGES, "test_silence_is_filled_with_pings")],
+    "After 10 s without bytes: an event that changes nothing on responses": [(RESPONSES, "test_silence_is_filled")],
+    "Never a total timeout": [(ROUTES_FILE, "test_a_stream_outlasts_every_timeout")],
+    "Client gone: aborted in every phase, streaming or not": [
+        (CHAT, "test_a_client_that_leaves_aborts_its_request"),
+        (RESPONSES, "test_a_client_that_leaves_aborts_its_request"),
+        (MESSAGES, "test_a_client_that_leaves_aborts_its_request"),
+        (ENGINE, "test_abort_frees_every_page_in_every_phase"),
+    ],
+    "A failure in mid-stream is an error event in that wire's own form": [
+        (CHAT, "test_error_in_mid_stream_is_an_error_event"),
+        (RESPONSES, "test_error_in_mid_stream_is_an_error_event_and_a_failed_response"),
+        (MESSAGES, "test_error_in_mid_stream_is_an_error_event"),
+    ],
+    "Streamed content, joined, equals the non-streamed answer": [
+        (file, "test_joined_stream_equals_the_whole_answer")
+        for file in (WIRE_CHAT, WIRE_COMPLETIONS, WIRE_RESPONSES, WIRE_MESSAGES)
+    ],
+    # -- Requests
+    "max_tokens and its other names; absent means the rest of the context": [
+        (WIRE_CHAT, "test_sampling_fields"),
+        (WIRE_RESPONSES, "test_settings"),
+        (WIRE_MESSAGES, "test_unknown_fields_are_ignored"),
+    ],
+    "max_tokens too large is clamped": [(ENGINE, "test_max_tokens_is_clamped_to_the_context")],
+    "A prompt over the context is 400 context_length_exceeded with the words agents look for": [
+        (ENGINE, "test_a_prompt_over_the_context_is_refused_with_the_words_agents_look_for"),
+        (DEMO, "test_a_prompt_over_the_context"),
+        (MESSAGES, "test_errors_before_the_answer"),
+    ],
+    "stop; n; seed; logit_bias; penalties; min_p, top_k, ignore_eos, min_tokens": [
+        (WIRE_CHAT, "test_sampling_fields"),
+        (CHAT, "test_several_answers"),
+    ],
+    "logprobs, top_logprobs": [(CHAT, "test_logprobs"), (WIRE_RESPONSES, "test_logprobs_go_with_their_text")],
+    "tool_choice none, auto, required, named": [
+        (WIRE_CHAT, "test_tool_choice"),
+        (WIRE_RESPONSES, "test_settings"),
+        (WIRE_MESSAGES, "test_tool_choice"),
+    ],
+    "parallel_tool_calls": [
+        (file, "test_one_call_when_parallel_calls_are_off") for file in (CHAT, RESPONSES, MESSAGES)
+    ],
+    "response_format json_object and json_schema, llama.cpp's schema, regex, grammar": [
+        (WIRE_CHAT, "test_structured_output"),
+        (WIRE_RESPONSES, "test_text_format"),
+        (MESSAGES, "test_structured_output"),
+    ],
+    "reasoning_effort, chat_template_kwargs": [
+        (WIRE_CHAT, "test_thinking"),
+        (WIRE_RESPONSES, "test_settings"),
+        (WIRE_MESSAGES, "test_thinking"),
+    ],
+    "Structured output and forced calls are enforced by grammar": [
+        (STRUCTURED, "test_forced_tool_calls"),
+        (DEMO, "test_json_on_request"),
+        (DEMO, "test_a_forced_call_and_its_result_through_each_wire"),
+    ],
+    "The grammar begins after </think>": [(STRUCTURED, "test_grammar_begins_after_thinking")],
+    "Images on a text model are 400 vision_unsupported": [
+        (WIRE_CHAT, "test_an_image_is_refused_by_its_own_code"),
+        (WIRE_RESPONSES, "test_an_image_is_refused_by_its_own_code"),
+        (WIRE_MESSAGES, "test_what_is_no_text_is_refused_by_its_own_code"),
+    ],
+    # -- Responses
+    "Responses: typed items or a plain string; instructions; calls, their output, reasoning items": [
+        (WIRE_RESPONSES, "test_an_agents_session"),
+        (RESPONSES, "test_tools_and_reasoning_whole_and_streamed"),
+    ],
+    "Responses: type and sequence_number; the full order of events": [
+        (RESPONSES, "test_stream_in_the_full_order"),
+        (WIRE_RESPONSES, "test_joined_stream_equals_the_whole_answer"),
+    ],
+    "Responses: store is accepted and false": [(RESPONSES, "test_whole_answer")],
+    "Responses: previous_response_id is a 400 in the envelope": [(RESPONSES, "test_previous_response_id_is_refused")],
+    "Responses: input_tokens_details and output_tokens_details always": [(RESPONSES, "test_whole_answer")],
+    "Responses: text.format json_schema, read by the client's parser": [(RESPONSES, "test_parse")],
+    # -- Messages
+    "Messages: x-api-key or bearer": [(MESSAGES, "test_errors_raised_before_the_wire_is_known")],
+    "Messages: system as string or blocks, without the billing header": [
+        (MESSAGES, "test_whole_answer"),
+        (WIRE_MESSAGES, "test_an_agents_session"),
+        (WIRE_MESSAGES, "test_the_billing_header_alone_is_no_system_prompt"),
+    ],
+    "Messages: thinking, stop_sequences, tool_choice, metadata, cache_control accepted": [
+        (MESSAGES, "test_whole_answer"),
+        (WIRE_MESSAGES, "test_thinking"),
+        (WIRE_MESSAGES, "test_tool_choice"),
+    ],
+    "Messages: tool_use, tool_result, thinking blocks both ways, streaming and not": [
+        (MESSAGES, "test_tools_and_thinking_whole_and_streamed"),
+        (WIRE_MESSAGES, "test_an_agents_session"),
+        (DEMO, "test_a_forced_call_and_its_result_through_each_wire"),
+    ],
+    "Messages: message_start carries input tokens and cache_read_input_tokens": [(MESSAGES, "test_stream")],
+    "Messages: errors in Anthropic's envelope with its own type words": [
+        (MESSAGES, "test_errors_before_the_answer"),
+        (MESSAGES, "test_errors_raised_before_the_wire_is_known"),
+        (MESSAGES, "test_a_model_that_is_still_loading_is_overloaded"),
+    ],
+    "Messages: count_tokens is exact": [
+        (DEMO, "test_every_wire_gives_the_same_words"),
+        (DEMO, "test_a_forced_call_and_its_result_through_each_wire"),
+    ],
+    # -- Errors
+    "400 invalid_request with the path": [
+        (APP, "test_every_error_is_the_envelope"),
+        (CHAT, "test_bad_parameter_names_its_path"),
+        (WIRE_RESPONSES, "test_bad_fields_are_named"),
+        (WIRE_MESSAGES, "test_bad_fields_are_named"),
+    ],
+    "404 model_not_found": [(CHAT, "test_unknown_model")],
+    "422 model_does_not_fit": [(APP, "test_a_load_that_failed_is_told")],
+    "422 template_render_failed": [(CHAT, "test_error_before_the_first_token_has_its_status")],
+    "401 invalid_api_key": [(APP, "test_api_key"), (ROUTES_FILE, "test_a_file_of_keys_and_an_admin_key")],
+    "429 rate_limit_exceeded with Retry-After": [(CHAT, "test_error_before_the_first_token_has_its_status")],
+    "503 service_unavailable with Retry-After: loading, draining": [
+        (APP, "test_while_loading"),
+        (APP, "test_shutdown_is_bounded_and_says_so"),
+    ],
+    "500 engine_died": [(CHAT, "test_error_before_the_first_token_has_its_status")],
+    "A request for a model that is loading waits, with keep-alives": [(APP, "test_a_request_waits_for_the_load")],
+    # -- Around them
+    "Keys: none, one, a file of keys, an admin key": [
+        ("server/test_server_config.py", "test_keys_from_files"),
+        (ROUTES_FILE, "test_a_file_of_keys_and_an_admin_key"),
+    ],
+    "CORS for localhost": [(ROUTES_FILE, "test_local_pages_may_ask"), (ROUTES_FILE, "test_other_pages_may_not")],
+    "Bodies and headers have a limit": [
+        (APP, "test_every_error_is_the_envelope"),
+        (ROUTES_FILE, "test_headers_have_a_limit"),
+    ],
+    "Back-pressure of slow clients is bounded": [
+        (ROUTES_FILE, "test_a_client_that_reads_nothing_is_bounded_and_then_left"),
+        (ROUTES_FILE, "test_a_client_that_reads_slowly_gets_everything"),
+    ],
+    "One line of log per request": [
+        (ROUTES_FILE, "test_one_log_line_for_every_request_but_probes"),
+        (CHAT, "test_one_log_line_a_request"),
+    ],
+    "Request ids are echoed": [(ROUTES_FILE, "test_request_ids_are_echoed")],
+    "/openapi.json says what the server does": [
+        ("server/test_openapi.py", "test_nothing_sent_brings_an_undescribed_status_or_a_fault")
+    ],
+}
+
+#: Promised and not built yet: the rows that name these routes come with them.
+MISSING = ("/models", "/models/load", "/models/unload", "/models/events")
+
+
+@cache
+def names_in(file: str) -> frozenset[str]:
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_has_its_tests(row: str) -> None:
+    assert ROWS[row]
+    for file, test in ROWS[row]:
+        assert test in names_in(file), f"{file} has no {test}"
+
+
+def test_every_route_has_a_row() -> None:
+    rows = " ".join(ROWS)
+    for route in ROUTES:
+        path = route.path.partition("/{")[0]
+        assert path in rows, f"no row names {route.path}"
+
+
+def test_what_is_missing_is_missing() -> None:
+    assert not {route.path for route in ROUTES} & set(MISSING)
