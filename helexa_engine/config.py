@@ -47,6 +47,9 @@ class EngineConfig:
         "auto", "storage type of unquantised weights; auto keeps what the file has"
     )
     quant: str | None = knob(None, "quantise the weights while loading: Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, IQ4_XS ...")
+    imatrix: str | None = knob(
+        None, "file with an importance matrix (llama.cpp's) for quant: which columns matter, measured on text"
+    )
     quant_cache: bool = knob(
         True, "keep weights quantised while loading on disk (HELEXA_CACHE), so that the next load maps them"
     )

@@ -59,6 +59,7 @@ class LLM:
         device: Literal["auto", "cpu"] = "auto",
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
         quant: str | None = None,
+        imatrix: str | None = None,
         quant_cache: bool = True,
         quant_cache_limit: str = "100GiB",
         kv_dtype: Literal["auto", "float32", "float16"] = "auto",

@@ -150,7 +150,11 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         model_config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
         specs = build.cache_specs(model_config, _kv_dtype(config, checkpoint))
         weight_bytes = required_bytes(
-            checkpoint, dtype=config.dtype, quant=config.quant, mmap_experts=config.mmap_experts
+            checkpoint,
+            dtype=config.dtype,
+            quant=config.quant,
+            has_importance=config.imatrix is not None,
+            mmap_experts=config.mmap_experts,
         )
         mapped = expert_names(checkpoint, dtype=config.dtype, quant=config.quant) if config.mmap_experts else ()
         mapped_bytes = sum(checkpoint.tensor(name).nbytes for name in mapped)
@@ -186,12 +190,19 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
 def _cached(checkpoint: Checkpoint, config: EngineConfig, name: str, report: Progress) -> Checkpoint | None:
     """The checkpoint quantised as ``config`` says, from the disk; None where it asks for nothing of the kind."""
     if config.quant is None or not config.quant_cache or not quant_cache.can_hold(checkpoint):
+        if config.imatrix is not None:
+            raise InvalidRequest(
+                "imatrix",
+                "expected quant beside it, quant_cache on and weights that are not quantised yet: importances count when a "
+                "quantised file is written",
+            )
         return None
     return quant_cache.open_quantized(
         checkpoint.path,
         config.quant,
         name=name,
         limit=quant_cache.limit_bytes(config.quant_cache_limit),
+        importance_file=None if config.imatrix is None else Path(config.imatrix).expanduser(),
         progress=lambda share: report("quantising", share),
     )
 

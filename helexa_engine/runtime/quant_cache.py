@@ -52,7 +52,13 @@ def limit_bytes(text: str) -> int:
 
 
 def open_quantized(
-    source: Path, quant: str, *, name: str, limit: int, progress: Callable[[float], None] | None = None
+    source: Path,
+    quant: str,
+    *,
+    name: str,
+    limit: int,
+    importance_file: Path | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Checkpoint | None:
     """``source`` in the mix ``quant``, from the cache, where it is put first if it is not there.
 
@@ -62,12 +68,16 @@ def open_quantized(
     Args:
         name: what the model is called in the file.
         limit: bytes that all files together may have; others than this one are deleted to keep it.
+        importance_file: an importance matrix to quantise with.
 
     Returns:
         None where the cache cannot hold it, which is logged with the reason.
+
+    Raises:
+        InvalidRequest: the same where there is an ``importance_file``, or that cannot be used.
     """
     try:
-        stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[-80:]}-{quant.upper()}-{_key(source, quant)}"
+        stem = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[-80:]}-{quant.upper()}-{_key(source, quant, importance_file)}"
         path = folder() / f"{stem}.gguf"
         if _damage(path) is None:
             return _opened(path)
@@ -80,17 +90,25 @@ def open_quantized(
                 log.warning("the cached %s is damaged and is made again: %s", path.name, damage)
                 _delete(path)
             _sweep()
-            return _made(path, source, quant, name, limit, progress)
+            return _made(path, source, quant, name, limit, importance_file, progress)
     except (OSError, RuntimeError, ModelNotFound, ModelDoesNotFit, UnsupportedCheckpoint) as error:
         # RuntimeError: there is no home folder. ModelNotFound: evicted as it was opened.
+        if importance_file is not None:
+            raise InvalidRequest("imatrix", f"{name} cannot be quantised with {importance_file}: {error}") from None
         log.warning("%s in %s is not cached, so every load quantises again: %s", name, quant, error)
         return None
 
 
 def _made(
-    path: Path, source: Path, quant: str, name: str, limit: int, progress: Callable[[float], None] | None
+    path: Path,
+    source: Path,
+    quant: str,
+    name: str,
+    limit: int,
+    importance_file: Path | None,
+    progress: Callable[[float], None] | None,
 ) -> Checkpoint:
-    quantize_model(source, path, quant, name=name, keep_mtp=False, progress=progress)
+    quantize_model(source, path, quant, name=name, importance_file=importance_file, keep_mtp=False, progress=progress)
     record = path.with_suffix(".json")
     partial = record.with_suffix(".json.partial")
     try:
@@ -138,18 +156,18 @@ def _facts(path: Path) -> dict[str, int]:
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "checksum": checksum}
 
 
-def _key(source: Path, quant: str) -> str:
+def _key(source: Path, quant: str, importance_file: Path | None = None) -> str:
     """Of the source's content, as far as names, sizes, times, beginnings and samples tell it, the mix and this version of helexa."""
     if source.is_dir():
         paths = sorted(p for p in source.iterdir() if p.suffix in _SOURCE_FILES and p.is_file())
     else:
-        paths = GGUFFile(source).paths
+        paths = list(GGUFFile(source).paths)
     files: list[Any] = []
-    for path in paths:
+    for path in paths if importance_file is None else [*paths, importance_file]:
         with path.open("rb") as file:
             head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
         files.append([path.name, head, _facts(path)])
-    identity = json.dumps([_LAYOUT, __version__, quant.upper(), files])
+    identity = json.dumps([_LAYOUT, __version__, quant.upper(), importance_file is not None, files])
     return hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 

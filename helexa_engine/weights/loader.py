@@ -132,7 +132,7 @@ def check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
             )
 
 
-def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType]:
+def _mix_types(checkpoint: Checkpoint, quant: str | None, has_importance: bool = False) -> dict[str, QuantType]:
     """Names of the tensors that quantising on loading changes -> their types: matrices that the file has unquantised."""
     if quant is None:
         return {}
@@ -153,6 +153,7 @@ def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType
                 num_layers=int(config["num_hidden_layers"]),
                 gqa_ratio=int(config["num_attention_heads"]) // int(config["num_key_value_heads"]),
                 tied=bool(config.get("tie_word_embeddings")),
+                has_importance=has_importance,
             )
             if target is not raw.quant_type:
                 changed[raw.name] = target
@@ -160,13 +161,19 @@ def _mix_types(checkpoint: Checkpoint, quant: str | None) -> dict[str, QuantType
 
 
 def required_bytes(
-    checkpoint: Checkpoint, *, dtype: str = "auto", quant: str | None = None, mmap_experts: bool = False
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    quant: str | None = None,
+    has_importance: bool = False,
+    mmap_experts: bool = False,
 ) -> int:
     """Bytes of the weights once loaded, from the headers alone; vectors and the like are float32 whatever the file has.
 
-    With ``mmap_experts`` without the experts, which take nothing. Raises as :func:`load` does.
+    With ``mmap_experts`` without the experts, which take nothing. With ``has_importance`` as if quantised with an importance matrix.
+    Raises as :func:`load` does.
     """
-    types_wanted = _mix_types(checkpoint, quant)
+    types_wanted = _mix_types(checkpoint, quant, has_importance)
     mapped = expert_names(checkpoint, dtype=dtype, quant=quant) if mmap_experts else frozenset()
     total = 0
     for raw in checkpoint.tensors:

@@ -63,6 +63,7 @@ def test_its_settings_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -
         "device": "cpu",
         "dtype": "float16",
         "quant": "Q4_0",
+        "imatrix": "i.gguf",
         "quant_cache": False,
         "quant_cache_limit": "1GiB",
     }

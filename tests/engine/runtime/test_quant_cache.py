@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helexa_engine import LLM, SamplingParams, env
@@ -21,6 +22,9 @@ from helexa_engine.runtime import quant_cache
 from helexa_engine.runtime.quantize_model import quantize_model
 from helexa_engine.testing.checkpoints import write_folder
 from helexa_engine.weights.checkpoint import open_checkpoint
+from helexa_engine.weights.gguf import GGUFFile
+
+from ..weights.test_imatrix import squares, write
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 LIMIT = 10**9
@@ -69,6 +73,43 @@ def test_the_second_load_quantises_nothing_and_answers_the_same(hybrid: Path, ca
     assert made == [path] and path.name.startswith("my-model-Q4_K_M-")
     assert answer(hybrid) == first == uncached
     assert len(made) == 1
+
+
+def test_an_importance_matrix_counts(hybrid: Path, cache: Path, tmp_path: Path, made: list[Path]) -> None:
+    importances = write(tmp_path / "i.gguf", {"blk.0.ffn_gate.weight": (squares()[None] * 40, np.array([40.0]))})
+    answer(hybrid)
+    expected = answer(hybrid, imatrix=str(importances))
+    plain, weighted = made
+    assert answer(hybrid, imatrix=str(importances)) == expected and len(made) == 2
+    assert GGUFFile(weighted).metadata["quantize.imatrix.file"] == "i.gguf"
+    a, b = (GGUFFile(path).tensors for path in (plain, weighted))
+    assert [name for name in a if (a[name].data != b[name].data).any()] == ["blk.0.ffn_gate.weight"]
+    write(importances, {"blk.0.ffn_gate.weight": (squares()[None] * 20, np.array([40.0]))})
+    answer(hybrid, imatrix=str(importances))
+    assert len(set(made)) == 3
+
+
+def test_an_importance_matrix_is_never_left_out_in_silence(
+    hybrid: Path, cache: Path, tmp_path: Path, made: list[Path]
+) -> None:
+    importances = write(tmp_path / "i.gguf", {"blk.0.ffn_gate.weight": (squares()[None], np.ones(1))})
+    with pytest.raises(InvalidRequest, match="imatrix: expected quant beside it, quant_cache on"):
+        answer(hybrid, imatrix=str(importances), quant_cache=False)
+    with pytest.raises(InvalidRequest, match="imatrix: expected quant beside it"):
+        LLM(hybrid, imatrix=str(importances), max_model_len=128)
+    with pytest.raises(InvalidRequest, match="cannot be quantised with .*none: .*No such file"):
+        answer(hybrid, imatrix=str(tmp_path / "none"))
+    (tmp_path / "text").write_text("no matrix")
+    with pytest.raises(InvalidRequest, match="cannot be quantised with .*text: "):
+        answer(hybrid, imatrix=str(tmp_path / "text"))
+    write(importances, {"blk.0.ffn_gate.weight": (squares(64)[None], np.ones(1))})
+    with pytest.raises(InvalidRequest, match="imatrix: .*computed from another model"):
+        answer(hybrid, imatrix=str(importances))
+    assert not list(cache.glob("*.gguf"))
+    shutil.rmtree(cache)
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(InvalidRequest, match="imatrix: my model cannot be quantised with .*File exists"):
+        answer(hybrid, imatrix=str(importances))
 
 
 def test_the_key_tells_sources_and_mixes_apart(hybrid: Path, tmp_path: Path, made: list[Path]) -> None:
