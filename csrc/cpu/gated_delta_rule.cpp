@@ -59,7 +59,7 @@ void gated_delta_rule(const GatedDeltaRule& args) {
                    [&](const DeltaTile& a, const DeltaTile& b) { return length(a) > length(b); });
   const DeltaKernels& level = HELEXA_AT_LEVEL(kDelta);
   parallel_for(int64_t(tiles.size()), 1, [&](int64_t begin, int64_t end, int) {
-    float* memory = thread_scratch(delta_scratch_floats(args.head_k_dim, args.head_v_dim));
+    float* memory = thread_scratch(delta_scratch_floats(args.head_k_dim, args.head_v_dim, group));
     for (int64_t i = begin; i < end; ++i) level.run(args, tiles[size_t(i)], memory);
   });
 }

@@ -7,7 +7,7 @@
 
 namespace helexa {
 
-constexpr int kDeltaChunk = 64;      // tokens of a chunk; chunks begin at the sequence's first token of the call
+constexpr int kDeltaChunk = 32;      // tokens of a chunk; chunks begin at the sequence's first token of the call
 constexpr int kDeltaChunkFrom = 16;  // a chunk with fewer tokens goes token by token
 constexpr int kMaxDeltaHeadDim = 256;
 
@@ -46,8 +46,10 @@ struct DeltaKernels {
   void (*run)(const GatedDeltaRule& args, const DeltaTile& tile, float* scratch);
 };
 
-constexpr int64_t delta_scratch_floats(int head_k_dim, int head_v_dim) {
-  return int64_t(kDeltaChunk) * (3 * head_k_dim + 2 * head_v_dim + 4 * kDeltaChunk);
+// For a tile of `count` value heads.
+constexpr int64_t delta_scratch_floats(int head_k_dim, int head_v_dim, int count) {
+  return int64_t(kDeltaChunk) * (3 * head_k_dim + head_v_dim + 4 * kDeltaChunk + 80) +
+         int64_t(count) * head_k_dim * head_v_dim;
 }
 
 extern const DeltaKernels kDeltaGeneric;

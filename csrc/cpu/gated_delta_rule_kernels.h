@@ -41,14 +41,17 @@ inline void l2_normalize(const float* x, int n, double factor, float* out) {
   for (int d = 0; d < n; d += Vec::kWidth) (Vec::load(x + d) * scale).store(out + d);
 }
 
-// out = RMSNorm(o) * norm_weight * SiLU(z) for one head of one token.
-inline void gated_norm(const GatedDeltaRule& p, const float* o, int64_t token, int head) {
+// 1 / sqrt(mean square + eps) of a row of head_v_dim outputs, from the sum of its squares.
+inline Vec inverse_root_mean_square(const GatedDeltaRule& p, Vec sum_of_squares) {
+  const Vec mean = sum_of_squares * Vec::broadcast(1.0f / float(p.head_v_dim)) + Vec::broadcast(float(p.eps));
+  return Vec::broadcast(1.0f) / square_root(mean);
+}
+
+// out = o * inverse * norm_weight * SiLU(z) for one head of one token.
+inline void gated_norm(const GatedDeltaRule& p, const float* o, Vec inverse, int64_t token, int head) {
   const int n = p.head_v_dim;
   const float* z = p.z + token * p.z_stride + int64_t(head) * n;
   float* out = p.out + (token * p.num_v_heads + head) * n;
-  Vec squares = Vec::broadcast(0.0f);
-  for (int d = 0; d < n; d += Vec::kWidth) squares = multiply_add(Vec::load(o + d), Vec::load(o + d), squares);
-  const Vec inverse = Vec::broadcast(float(1.0 / __builtin_sqrt(double(reduce_add(squares)) / n + p.eps)));
   for (int d = 0; d < n; d += Vec::kWidth) {
     (Vec::load(o + d) * inverse * Vec::load(p.norm_weight + d) * silu(Vec::load(z + d))).store(out + d);
   }
@@ -127,137 +130,342 @@ void step(const GatedDeltaRule& p, const HeadChunk& chunk, float* state) {
     for (; c + kN * Vec::kWidth <= dv; c += kN * Vec::kWidth)
       step_columns<kN>(state + c, dv, dk, q, k, v + c, decay, gates.beta, o + c);
     for (; c < dv; c += Vec::kWidth) step_columns<1>(state + c, dv, dk, q, k, v + c, decay, gates.beta, o + c);
-    gated_norm(p, o, token, chunk.value_head);
+    Vec squares = Vec::broadcast(0.0f);
+    for (int d = 0; d < dv; d += Vec::kWidth) squares = multiply_add(Vec::load(o + d), Vec::load(o + d), squares);
+    gated_norm(p, o, inverse_root_mean_square(p, Vec::broadcast(reduce_add(squares))), token, chunk.value_head);
   }
 }
 
 // --- A chunk of tokens ---------------------------------------------------------------------------------------------
+//
+// Products go by tiles of kTile rows (tokens, or rows of the state) and one or two vectors of columns, whose sums stay
+// in registers. A value head's columns never meet before the norm of its outputs, so they go in panels of two vectors:
+// a panel of the state, contiguous, stays in the first-level cache while all the chunk's keys and queries pass over it.
+
+constexpr int kTile = Vec::kTileRows;
+
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct ChunkScratch {
-  float *q, *k;         // [kDeltaChunk, head_k_dim], normalised
-  float* k_transposed;  // [head_k_dim, kDeltaChunk]
-  float *qk, *kk;       // [kDeltaChunk, kDeltaChunk], right for j <= i
-  float *p, *minus_a;   // [kDeltaChunk, kDeltaChunk]
-  float *values, *o;    // [kDeltaChunk, head_v_dim]
+  float *q, *k;                 // [kDeltaChunk, head_k_dim], normalised; zero from the chunk's length to the tile's end
+  float* k_transposed;          // [head_k_dim, kDeltaChunk]
+  float *qk, *kk;               // [kDeltaChunk, kDeltaChunk], right for j <= i
+  float *p, *minus_a;           // [kDeltaChunk, kDeltaChunk]
+  float *new_values, *decayed;  // [kDeltaChunk, a panel's width]: V', exp(G_C - G) V'
+  float* squares;               // [kDeltaChunk, Vec::kWidth], whose sums are those of the squares of o
+  float* o;                     // [kDeltaChunk, head_v_dim]
+  float* states;                // of each value head in turn, in panels: [panels][head_k_dim, a panel's width]
 };
 
 inline ChunkScratch divide(float* scratch, int head_k_dim, int head_v_dim) {
   ChunkScratch s;
-  float** const parts[] = {&s.q, &s.k, &s.k_transposed, &s.qk, &s.kk, &s.p, &s.minus_a, &s.values, &s.o};
-  const int widths[] = {head_k_dim,  head_k_dim,  head_k_dim, kDeltaChunk, kDeltaChunk,
-                        kDeltaChunk, kDeltaChunk, head_v_dim, head_v_dim};
-  for (int i = 0; i < 9; ++i) {
+  float** const parts[] = {&s.q,       &s.k,          &s.k_transposed, &s.qk,      &s.kk, &s.p,
+                           &s.minus_a, &s.new_values, &s.decayed,      &s.squares, &s.o};
+  const int widths[] = {head_k_dim,  head_k_dim, head_k_dim, kDeltaChunk, kDeltaChunk, kDeltaChunk,
+                        kDeltaChunk, 32,         32,         16,          head_v_dim};
+  for (int i = 0; i < 11; ++i) {
     *parts[i] = scratch;
     scratch += int64_t(kDeltaChunk) * widths[i];
   }
+  s.states = scratch;
   return s;
+}
+
+template <int kC>
+struct Tile {
+  Vec v[kTile][kC];
+
+  template <class Function>
+  void each(Function function) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 2
+      for (int c = 0; c < kC; ++c) function(r, c, v[r][c]);
+    }
+  }
+
+  void zero() {
+    each([](int, int, Vec& x) { x = Vec::broadcast(0.0f); });
+  }
+
+  // v[r] += sum over k, in order, of a[r][k] * b[k], rows of a and b so far apart.
+  void add_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int k_end) {
+    for (int k = 0; k < k_end; ++k) {
+      Vec column[kC];
+#pragma GCC unroll 2
+      for (int c = 0; c < kC; ++c) column[c] = Vec::load(b + k * b_stride + c * Vec::kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < kTile; ++r) {
+        const Vec row = Vec::broadcast(a[r * a_stride + k]);
+#pragma GCC unroll 2
+        for (int c = 0; c < kC; ++c) v[r][c] = multiply_add(row, column[c], v[r][c]);
+      }
+    }
+  }
+
+  // v[r] = the sum over k of a[r][k] * b[k]: of each kDotBlock terms, then of those sums.
+  void dot_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int k_end) {
+    alignas(64) float total[kTile * kC * Vec::kWidth];
+    const auto place = [&](int r, int c) { return total + (r * kC + c) * Vec::kWidth; };
+    zero();
+    add_product(a, a_stride, b, b_stride, min_int(kDotBlock, k_end));
+    for (int k = kDotBlock; k < k_end; k += kDotBlock) {
+      if (k == kDotBlock) {
+        each([&](int r, int c, Vec& x) { x.store(place(r, c)); });
+      } else {
+        each([&](int r, int c, Vec& x) { (Vec::load(place(r, c)) + x).store(place(r, c)); });
+      }
+      zero();
+      add_product(a + k, a_stride, b + k * b_stride, b_stride, min_int(kDotBlock, k_end - k));
+    }
+    if (k_end > kDotBlock) each([&](int r, int c, Vec& x) { x = Vec::load(place(r, c)) + x; });
+  }
+};
+
+// out[rows of a tile][columns of kC vectors] = a b over a head dimension.
+template <int kC>
+void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int head_dim, float* out,
+                   int64_t out_stride) {
+  Tile<kC> tile;
+  tile.dot_product(a, a_stride, b, b_stride, head_dim);
+  for (int r = 0; r < kTile; ++r) {
+    for (int c = 0; c < kC; ++c) tile.v[r][c].store(out + r * out_stride + c * Vec::kWidth);
+  }
+}
+
+// Of kWidth rows of kWidth floats, the sum of each.
+inline Vec sum_rows(const float* rows) {
+  alignas(64) float columns[Vec::kWidth * Vec::kWidth];
+  Vec::transpose(rows, Vec::kWidth, columns, Vec::kWidth);
+  for (int n = Vec::kWidth / 2; n; n /= 2) {
+    for (int i = 0; i < n * Vec::kWidth; i += Vec::kWidth)
+      (Vec::load(columns + i) + Vec::load(columns + n * Vec::kWidth + i)).store(columns + i);
+  }
+  return Vec::load(columns);
+}
+
+// kWidth rows of l2_normalize at once, the first `count` of them from x, the others zero.
+inline void l2_normalize_rows(const float* x, int64_t stride, int count, int n, double factor, float* out) {
+  alignas(64) float squares[Vec::kWidth * Vec::kWidth], scales[Vec::kWidth];
+  const Vec zero = Vec::broadcast(0.0f);
+  for (int r = 0; r < Vec::kWidth; ++r) {
+    Vec sum[2] = {zero, zero};
+    for (int d = 0; d < n && r < count; d += 2 * Vec::kWidth) {
+      const Vec a = Vec::load(x + r * stride + d);
+      sum[0] = multiply_add(a, a, sum[0]);
+      if (d + Vec::kWidth == n) break;
+      const Vec b = Vec::load(x + r * stride + d + Vec::kWidth);
+      sum[1] = multiply_add(b, b, sum[1]);
+    }
+    (sum[0] + sum[1]).store(squares + r * Vec::kWidth);
+  }
+  sum_rows(squares).store(scales);
+  for (float& scale : scales) scale = float(factor / __builtin_sqrt(double(scale) + 1e-6));
+  for (int r = 0; r < Vec::kWidth; ++r) {
+    const Vec scale = Vec::broadcast(scales[r]);
+    for (int d = 0; d < n; d += Vec::kWidth)
+      (r < count ? Vec::load(x + r * stride + d) * scale : zero).store(out + r * n + d);
+  }
 }
 
 // What the value heads of one key head share: normalised queries and keys, and their products on and below the
 // diagonal.
 void prepare_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkScratch& s) {
   const int dk = p.head_k_dim, length = chunk.length;
-  const int padded = (length + Vec::kWidth - 1) / Vec::kWidth * Vec::kWidth;
+  const int padded = round_up(length, Vec::kWidth > kTile ? Vec::kWidth : kTile);
+  const float* q = p.qkv + chunk.first * p.qkv_stride + int64_t(chunk.key_head) * dk;
+  const float* k = q + int64_t(p.num_k_heads) * dk;
   const double scale = 1.0 / __builtin_sqrt(double(dk));
-  for (int i = 0; i < length; ++i) {
-    const float* row = p.qkv + (chunk.first + i) * p.qkv_stride;
-    l2_normalize(row + int64_t(chunk.key_head) * dk, dk, scale, s.q + i * dk);
-    l2_normalize(row + int64_t(p.num_k_heads + chunk.key_head) * dk, dk, 1.0, s.k + i * dk);
+  for (int i = 0; i < padded; i += Vec::kWidth) {
+    const int count = min_int(Vec::kWidth, length - i);
+    l2_normalize_rows(q + i * p.qkv_stride, p.qkv_stride, count, dk, scale, s.q + i * dk);
+    l2_normalize_rows(k + i * p.qkv_stride, p.qkv_stride, count, dk, 1.0, s.k + i * dk);
   }
-  for (int64_t i = int64_t(length) * dk; i < int64_t(padded) * dk; ++i) s.k[i] = 0.0f;
   for (int i = 0; i < padded; i += Vec::kWidth) {
     for (int d = 0; d < dk; d += Vec::kWidth)
       Vec::transpose(s.k + int64_t(i) * dk + d, dk, s.k_transposed + d * kDeltaChunk + i, kDeltaChunk);
   }
-  float ones[kRows];
-  for (float& one : ones) one = 1.0f;
-  for (int i = 0; i < length; i += kRows) {
-    const int rows = min_int(kRows, length - i), vectors = (i + rows + Vec::kWidth - 1) / Vec::kWidth;
-    for (int d = 0; d < dk; d += kDotBlock) {
-      const int n = min_int(kDotBlock, dk - d);
-      const float *factor = d ? ones : nullptr, *keys = s.k_transposed + d * kDeltaChunk;
-      const int64_t place = i * dk + d, product = i * kDeltaChunk;
-      multiply(s.k + place, dk, keys, kDeltaChunk, n, factor, s.kk + product, kDeltaChunk, rows, vectors);
-      multiply(s.q + place, dk, keys, kDeltaChunk, n, factor, s.qk + product, kDeltaChunk, rows, vectors);
+  for (int i = 0; i < length; i += kTile) {
+    for (int j = 0; j < i + kTile;) {
+      const float* keys = s.k_transposed + j;
+      float *kk = s.kk + i * kDeltaChunk + j, *qk = s.qk + i * kDeltaChunk + j;
+      if (j + Vec::kWidth < i + kTile) {
+        multiply_tile<2>(s.k + i * dk, dk, keys, kDeltaChunk, dk, kk, kDeltaChunk);
+        multiply_tile<2>(s.q + i * dk, dk, keys, kDeltaChunk, dk, qk, kDeltaChunk);
+        j += 2 * Vec::kWidth;
+      } else {
+        multiply_tile<1>(s.k + i * dk, dk, keys, kDeltaChunk, dk, kk, kDeltaChunk);
+        multiply_tile<1>(s.q + i * dk, dk, keys, kDeltaChunk, dk, qk, kDeltaChunk);
+        j += Vec::kWidth;
+      }
     }
   }
 }
 
-void advance_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkScratch& s, float* state) {
-  const int dk = p.head_k_dim, dv = p.head_v_dim, length = chunk.length, value_vectors = dv / Vec::kWidth;
+// Per token of a chunk; beyond its length nothing decays and nothing is learned.
+struct ChunkGates {
+  alignas(64) float from_start[kDeltaChunk], to_end[kDeltaChunk], beta[kDeltaChunk];  // exp(G), exp(G_C - G)
+  float whole;                                                                        // exp(G_C)
+};
+
+// The gates, and P and -A from them.
+void decay_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkScratch& s, ChunkGates& gates) {
+  const int length = chunk.length;
   // A running sum is kept as a float and what the float lacks, so that differences are as exact as of doubles.
   alignas(64) float sum_high[kDeltaChunk], sum_low[kDeltaChunk];
-  alignas(64) float from_start[kDeltaChunk], to_end[kDeltaChunk], beta[kDeltaChunk], ones[kDeltaChunk];
   double sum = 0;
   for (int i = 0; i < length; ++i) {
-    const Gates gates = gates_of(p, chunk.first + i, chunk.value_head);
-    sum += gates.g;
+    const Gates token = gates_of(p, chunk.first + i, chunk.value_head);
+    sum += token.g;
     sum_high[i] = float(sum), sum_low[i] = float(sum - double(sum_high[i]));
-    beta[i] = gates.beta;
+    gates.beta[i] = token.beta;
   }
-  for (int i = length; i < kDeltaChunk; ++i) sum_high[i] = sum_low[i] = 0.0f;
+  for (int i = length; i < kDeltaChunk; ++i) {
+    sum_high[i] = sum_high[length - 1], sum_low[i] = sum_low[length - 1], gates.beta[i] = 0.0f;
+  }
   const Vec total_high = Vec::broadcast(sum_high[length - 1]), total_low = Vec::broadcast(sum_low[length - 1]);
-  const Vec never = Vec::broadcast(-__builtin_inff());
   for (int i = 0; i < kDeltaChunk; i += Vec::kWidth) {
     const Vec high = Vec::load(sum_high + i), low = Vec::load(sum_low + i);
-    exp_of_negative(high).store(from_start + i);
-    exp_of_negative((total_high - high) + (total_low - low)).store(to_end + i);
-    Vec::broadcast(1.0f).store(ones + i);
+    exp_of_negative(high).store(gates.from_start + i);
+    exp_of_negative((total_high - high) + (total_low - low)).store(gates.to_end + i);
   }
-  for (int i = 0; i < length; ++i) {
-    const Vec high = Vec::broadcast(sum_high[i]), low = Vec::broadcast(sum_low[i]), b = Vec::broadcast(-beta[i]);
-    const int end = min_int(length, i / kRows * kRows + kRows);  // what the products below read of this row
+  gates.whole = gates.from_start[length - 1];
+  const Vec never = Vec::broadcast(-__builtin_inff()), zero = Vec::broadcast(0.0f);
+  for (int i = 0; i < round_up(length, kTile); ++i) {
+    const Vec high = Vec::broadcast(sum_high[i]), low = Vec::broadcast(sum_low[i]), b = Vec::broadcast(-gates.beta[i]);
+    const int end = i / kTile * kTile + kTile;  // what the products read of this row
     for (int j = 0; j < end; j += Vec::kWidth) {
       const Vec exponent = (high - Vec::load(sum_high + j)) + (low - Vec::load(sum_low + j));
       const Vec decay = exp_of_negative(select_first(i + 1 - j, exponent, never));
       const int64_t place = i * kDeltaChunk + j;
-      const Vec zero = Vec::broadcast(0.0f);
       select_first(i + 1 - j, decay * Vec::load(s.qk + place), zero).store(s.p + place);
       select_first(i - j, b * decay * Vec::load(s.kk + place), zero).store(s.minus_a + place);
     }
   }
+}
 
-  for (int d = 0; d < dk; d += kDotBlock) {
-    const int n = min_int(kDotBlock, dk - d);
-    const float* factor = d ? ones : nullptr;
-    multiply(s.k + d, dk, state + d * dv, dv, n, factor, s.values, dv, length, value_vectors);
-    multiply(s.q + d, dk, state + d * dv, dv, n, factor, s.o, dv, length, value_vectors);
+// The rows of a token lie a page or more apart, where no hardware prefetcher follows: while one chunk is computed, what
+// the next one reads and what this one writes is asked for bit by bit.
+struct Ahead {
+  const float* parts[5];  // of the first token
+  int64_t strides[5];
+  int widths[5];
+  int count, part = 0;
+  int64_t token = 0, tokens;
+
+  void next() {
+    if (token >= tokens) return;
+    const float* from = parts[part] + token * strides[part];
+    for (int i = 0; i < widths[part]; i += 16) __builtin_prefetch(from + i, 0, 2);
+    if (++part == count) part = 0, ++token;
   }
-  for (int i = 0; i < length; ++i) {
-    const float* v =
-        p.qkv + (chunk.first + i) * p.qkv_stride + 2 * int64_t(p.num_k_heads) * dk + int64_t(chunk.value_head) * dv;
-    const Vec decay = Vec::broadcast(from_start[i]), b = Vec::broadcast(beta[i]);
-    float* row = s.values + i * dv;
-    for (int d = 0; d < dv; d += Vec::kWidth) (b * (Vec::load(v + d) - decay * Vec::load(row + d))).store(row + d);
-  }
-  for (int i = 0; i < length; i += kRows) {
-    const int rows = min_int(kRows, length - i);
-    float* block = s.values + i * dv;
-    if (i) multiply(s.minus_a + i * kDeltaChunk, kDeltaChunk, s.values, dv, i, ones, block, dv, rows, value_vectors);
-    for (int r = 1; r < rows; ++r) {
-      const float* a = s.minus_a + (i + r) * kDeltaChunk + i;
-      for (int d = 0; d < dv; d += Vec::kWidth) {
-        Vec x = Vec::load(block + r * dv + d);
-        for (int j = 0; j < r; ++j) x = multiply_add(Vec::broadcast(a[j]), Vec::load(block + j * dv + d), x);
-        x.store(block + r * dv + d);
+};
+
+// One panel of one value head: kC vectors of columns from `column` on. `v` are the chunk's values there, rows
+// p.qkv_stride apart; `state` the panel.
+template <int kC>
+void advance_panel(const GatedDeltaRule& p, const ChunkScratch& s, const ChunkGates& gates, int length, const float* v,
+                   int column, float* state, Ahead& ahead) {
+  constexpr int kPanel = kC * Vec::kWidth;
+  const int dk = p.head_k_dim, dv = p.head_v_dim, padded = round_up(length, kTile);
+  Tile<kC> tile;
+  // Products with the state wait here for the sums over the chunk's tokens: terms that are added to something larger
+  // one by one would each be rounded as it is.
+  alignas(64) float held[kTile * kPanel];
+  for (int i = 0; i < length; i += kTile) {
+    ahead.next();
+    tile.dot_product(s.k + i * dk, dk, state, kPanel, dk);
+    tile.each([&](int r, int c, Vec& x) {
+      const Vec decay = Vec::broadcast(gates.from_start[i + r]), b = Vec::broadcast(gates.beta[i + r]);
+      const float* value = v + min_int(i + r, length - 1) * p.qkv_stride + c * Vec::kWidth;
+      (b * (Vec::load(value) - decay * x)).store(held + r * kPanel + c * Vec::kWidth);
+    });
+    ahead.next();
+    const float* a = s.minus_a + i * kDeltaChunk;
+    tile.zero();
+    tile.add_product(a, kDeltaChunk, s.new_values, kPanel, i);
+#pragma GCC unroll 8
+    for (int j = 0; j < kTile; ++j) {
+      const Vec decay = Vec::broadcast(gates.to_end[i + j]);
+#pragma GCC unroll 2
+      for (int c = 0; c < kC; ++c) {
+        const int64_t place = (i + j) * kPanel + c * Vec::kWidth;
+        tile.v[j][c] = Vec::load(held + j * kPanel + c * Vec::kWidth) + tile.v[j][c];
+        tile.v[j][c].store(s.new_values + place);
+        (decay * tile.v[j][c]).store(s.decayed + place);
+      }
+#pragma GCC unroll 8
+      for (int r = j + 1; r < kTile; ++r) {
+        const Vec factor = Vec::broadcast(a[r * kDeltaChunk + i + j]);
+#pragma GCC unroll 2
+        for (int c = 0; c < kC; ++c) tile.v[r][c] = multiply_add(factor, tile.v[j][c], tile.v[r][c]);
       }
     }
-    multiply(s.p + i * kDeltaChunk, kDeltaChunk, s.values, dv, i + rows, from_start + i, s.o + i * dv, dv, rows,
-             value_vectors);
   }
-  for (int i = 0; i < length; ++i) gated_norm(p, s.o + i * dv, chunk.first + i, chunk.value_head);
+  for (int i = 0; i < length; i += kTile) {
+    ahead.next();
+    tile.dot_product(s.q + i * dk, dk, state, kPanel, dk);
+    tile.each([&](int r, int c, Vec& x) { x.store(held + r * kPanel + c * Vec::kWidth); });
+    ahead.next();
+    tile.zero();
+    tile.add_product(s.p + i * kDeltaChunk, kDeltaChunk, s.new_values, kPanel, i + kTile);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile; ++r) {
+      const Vec decay = Vec::broadcast(gates.from_start[i + r]);
+      float* squares = s.squares + (i + r) * Vec::kWidth;
+      Vec sum = column ? Vec::load(squares) : Vec::broadcast(0.0f);
+#pragma GCC unroll 2
+      for (int c = 0; c < kC; ++c) {
+        const Vec o = multiply_add(decay, Vec::load(held + r * kPanel + c * Vec::kWidth), tile.v[r][c]);
+        o.store(s.o + int64_t(i + r) * dv + column + c * Vec::kWidth);
+        sum = multiply_add(o, o, sum);
+      }
+      sum.store(squares);
+    }
+  }
+  const Vec whole = Vec::broadcast(gates.whole);
+  for (int d = 0; d < dk; d += kTile) {
+    ahead.next();
+    tile.dot_product(s.k_transposed + d * kDeltaChunk, kDeltaChunk, s.decayed, kPanel, padded);
+    for (int r = 0; r < kTile; ++r) {
+      for (int c = 0; c < kC; ++c) {
+        float* place = state + int64_t(d + r) * kPanel + c * Vec::kWidth;
+        multiply_add(whole, Vec::load(place), tile.v[r][c]).store(place);
+      }
+    }
+  }
+}
 
-  for (int i = 0; i < length; ++i) {
-    const Vec decay = Vec::broadcast(to_end[i]);
-    float* row = s.values + i * dv;
-    for (int d = 0; d < dv; d += Vec::kWidth) (decay * Vec::load(row + d)).store(row + d);
+void advance_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkScratch& s, float* state, Ahead ahead) {
+  const int dk = p.head_k_dim, dv = p.head_v_dim;
+  ChunkGates gates;
+  decay_chunk(p, chunk, s, gates);
+  const float* v =
+      p.qkv + chunk.first * p.qkv_stride + 2 * int64_t(p.num_k_heads) * dk + int64_t(chunk.value_head) * dv;
+  int c = 0;
+  for (; c + 2 * Vec::kWidth <= dv; c += 2 * Vec::kWidth) {
+    advance_panel<2>(p, s, gates, chunk.length, v + c, c, state + int64_t(c) * dk, ahead);
   }
-  const float whole = from_start[length - 1];
-  float factor[kRows];
-  for (float& f : factor) f = whole;
-  for (int d = 0; d < dk; d += kRows) {
-    multiply(s.k_transposed + d * kDeltaChunk, kDeltaChunk, s.values, dv, length, factor, state + d * dv, dv,
-             min_int(kRows, dk - d), value_vectors);
+  if (c < dv) advance_panel<1>(p, s, gates, chunk.length, v + c, c, state + int64_t(c) * dk, ahead);
+  for (int i = 0; i < chunk.length; i += Vec::kWidth) {
+    alignas(64) float inverse[Vec::kWidth];
+    inverse_root_mean_square(p, sum_rows(s.squares + i * Vec::kWidth)).store(inverse);
+    for (int r = 0; r < Vec::kWidth && i + r < chunk.length; ++r)
+      gated_norm(p, s.o + (i + r) * dv, Vec::broadcast(inverse[r]), chunk.first + i + r, chunk.value_head);
+  }
+}
+
+// A state [head_k_dim, head_v_dim] to or from its panels.
+inline void copy_panels(float* rows, float* panels, int head_k_dim, int head_v_dim, bool to_panels) {
+  for (int c = 0; c < head_v_dim;) {
+    const int width = min_int(2 * Vec::kWidth, head_v_dim - c);
+    for (int d = 0; d < head_k_dim; ++d, panels += width) {
+      for (int i = 0; i < width; i += Vec::kWidth) {
+        float* row = rows + int64_t(d) * head_v_dim + c + i;
+        to_panels ? Vec::load(row).store(panels + i) : Vec::load(panels + i).store(row);
+      }
+    }
+    c += width;
   }
 }
 
@@ -266,15 +474,44 @@ void run(const GatedDeltaRule& p, const DeltaTile& tile, float* scratch) {
   const int group = p.num_v_heads / p.num_k_heads;
   const int64_t state_size = int64_t(p.head_k_dim) * p.head_v_dim;
   float* states = p.state + p.sequences.slot(tile.sequence) * p.num_v_heads * state_size;
-  const int64_t end = p.sequences.end(tile.sequence);
-  for (int64_t first = p.sequences.begin(tile.sequence); first < end; first += kDeltaChunk) {
-    const int length = end - first < kDeltaChunk ? int(end - first) : kDeltaChunk;
-    HeadChunk chunk = {first, length, tile.key_head, 0};
-    if (length >= kDeltaChunkFrom) prepare_chunk(p, chunk, s);
-    for (int i = tile.first; i < tile.first + tile.count; ++i) {
-      chunk.value_head = p.tiled ? tile.key_head + i * p.num_k_heads : tile.key_head * group + i;
-      float* state = states + chunk.value_head * state_size;
-      length >= kDeltaChunkFrom ? advance_chunk(p, chunk, s, state) : step(p, chunk, state);
+  const int64_t begin = p.sequences.begin(tile.sequence), end = p.sequences.end(tile.sequence);
+  const int64_t rest = (end - begin) % kDeltaChunk;
+  const int64_t chunks_end = rest < kDeltaChunkFrom ? end - rest : end;
+  const auto value_head = [&](int i) {
+    return p.tiled ? tile.key_head + i * p.num_k_heads : tile.key_head * group + i;
+  };
+  const auto copy_states = [&](bool to_panels) {
+    for (int i = 0; i < tile.count; ++i) {
+      copy_panels(states + value_head(tile.first + i) * state_size, s.states + i * state_size, p.head_k_dim,
+                  p.head_v_dim, to_panels);
     }
+  };
+  if (begin < chunks_end) copy_states(true);
+  for (int64_t first = begin; first < chunks_end; first += kDeltaChunk) {
+    const int length = chunks_end - first < kDeltaChunk ? int(chunks_end - first) : kDeltaChunk;
+    HeadChunk chunk = {first, length, tile.key_head, 0};
+    prepare_chunk(p, chunk, s);
+    for (int i = 0; i < tile.count; ++i) {
+      chunk.value_head = value_head(tile.first + i);
+      const int64_t next = first + kDeltaChunk, last = next + kDeltaChunk;
+      const int dk = p.head_k_dim, dv = p.head_v_dim;
+      const float* row = p.qkv + next * p.qkv_stride;
+      Ahead ahead = {{row + 2 * int64_t(p.num_k_heads) * dk + int64_t(chunk.value_head) * dv,
+                      p.z + next * p.z_stride + int64_t(chunk.value_head) * dv,
+                      p.out + (first * p.num_v_heads + chunk.value_head) * dv, row + int64_t(chunk.key_head) * dk,
+                      row + int64_t(p.num_k_heads + chunk.key_head) * dk},
+                     {p.qkv_stride, p.z_stride, p.num_v_heads * dv, p.qkv_stride, p.qkv_stride},
+                     {dv, dv, dv, dk, dk},
+                     i ? 3 : 5,
+                     0,
+                     0,
+                     (last < chunks_end ? last : chunks_end) - next};
+      advance_chunk(p, chunk, s, s.states + i * state_size, ahead);
+    }
+  }
+  if (begin < chunks_end) copy_states(false);
+  for (int i = 0; i < tile.count && chunks_end < end; ++i) {
+    const int head = value_head(tile.first + i);
+    step(p, {chunks_end, int(end - chunks_end), tile.key_head, head}, states + head * state_size);
   }
 }

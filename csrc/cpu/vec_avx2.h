@@ -7,6 +7,7 @@ struct Vec {
   static constexpr int kWidth = 8;
   static constexpr int kColumns = 2;      // of a register block: 6 x 2 sums, 2 columns, 1 row: 15 of 16 registers
   static constexpr int kStepVectors = 4;  // columns of a state that a step of the delta rule takes at once
+  static constexpr int kTileRows = 4;     // of a block of two vectors of sums in the chunk form of the delta rule
   __m256 v;
 
   static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
@@ -59,6 +60,7 @@ inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec square_root(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }

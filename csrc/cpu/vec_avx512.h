@@ -7,6 +7,7 @@ struct Vec {
   static constexpr int kWidth = 16;
   static constexpr int kColumns = 4;      // of a register block: 6 x 4 sums, 4 columns, 1 row: 29 of 32 registers
   static constexpr int kStepVectors = 4;  // columns of a state that a step of the delta rule takes at once
+  static constexpr int kTileRows = 8;     // of a block of two vectors of sums in the chunk form of the delta rule
   __m512 v;
 
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
@@ -66,6 +67,7 @@ inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec square_root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }

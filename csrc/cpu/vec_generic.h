@@ -8,6 +8,7 @@ struct Vec {
   static constexpr int kWidth = 8;
   static constexpr int kColumns = 2;      // of a register block
   static constexpr int kStepVectors = 4;  // columns of a state that a step of the delta rule takes at once
+  static constexpr int kTileRows = 4;     // of a block of two vectors of sums in the chunk form of the delta rule
   float v[kWidth];
 
   static Vec broadcast(float x) {
@@ -66,6 +67,9 @@ inline Vec operator*(Vec a, Vec b) {
 }
 inline Vec operator/(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline Vec square_root(Vec a) {
+  return each([&](int i) { return __builtin_sqrtf(a.v[i]); });
 }
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });

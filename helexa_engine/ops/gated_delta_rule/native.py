@@ -30,8 +30,8 @@ def gated_delta_rule(
 ) -> torch.Tensor:
     """See :func:`helexa_engine.ops.gated_delta_rule.reference.gated_delta_rule`; head dims are multiples of 16 up to 256.
 
-    A sequence goes through in chunks of 64 tokens from its first token *of this call*; a chunk of less than 16 tokens goes
-    token by token. So a prompt that is cut, or resumed, at multiples of 64 gives the same bits as in one piece; other cuts
+    A sequence goes through in chunks of 32 tokens from its first token *of this call*; a chunk of less than 16 tokens goes
+    token by token. So a prompt that is cut, or resumed, at multiples of 32 gives the same bits as in one piece; other cuts
     give the same to rounding. What runs beside a sequence never changes a bit of it.
 
     Raises:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 # Large beside the mean square of most outputs: the division of the gated norm must not blow up the rounding errors of a few
 # small rows, which would then be all that a largest error sees.
 EPS = 1e-2
-CHUNK, CHUNK_FROM = 64, 16  # csrc/cpu/gated_delta_rule.h: the chunk form and its shortest chunk
+CHUNK, CHUNK_FROM = 32, 16  # csrc/cpu/gated_delta_rule.h: the chunk form and its shortest chunk
 
 
 class Answer(NamedTuple):
@@ -133,7 +133,7 @@ def judge(case: Case, module, parts=None) -> None:
     assert state[others].isnan().all()
 
 
-@pytest.mark.parametrize("length", [1, 7, CHUNK_FROM - 1, CHUNK_FROM, 63, 64, 65, CHUNK + CHUNK_FROM, 1000])
+@pytest.mark.parametrize("length", [1, 7, CHUNK_FROM - 1, CHUNK_FROM, 31, CHUNK, 33, 63, 64, 65, 64 + CHUNK_FROM, 1000])
 def test_equals_the_twin_at_every_length(isa: str, length: int) -> None:
     judge(made((length,) * (8 if length < 10 else 1), heads=(2, 4)), native)
 
@@ -219,7 +219,7 @@ def test_gates_far_out(isa: str, a: float, length: int) -> None:
     assert largest_error(state[case.slots], expected) <= 1e-5 * float(expected.abs().max()) + 1e-30
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 5, 63, 64, 65, 127, "random"])
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 31, 32, 33, 63, 64, 65, 127, "random"])
 def test_any_split_equals_whole(isa: str, size) -> None:
     case = made((300,))
     borders = list(range(0, 300, size)) if size != "random" else [0, *sorted({11, 12, 77, 140, 141, 204, 290})]
@@ -234,9 +234,9 @@ def test_a_split_that_drops_the_state_is_seen() -> None:
     assert largest_error(second, whole[64:].double()) > 1e-2
 
 
-@pytest.mark.parametrize("border", [64, 128, 256])
+@pytest.mark.parametrize("border", [CHUNK, 64, 96, 128, 256])
 def test_a_split_at_a_chunk_equals_whole_bit_for_bit(isa: str, border: int) -> None:
-    """What a prompt resumed from a saved state at a multiple of 64 rests on."""
+    """What a prompt resumed from a saved state at a page's border, a multiple of 64, rests on."""
     case = make([270])
     whole_state, state = case.states(), case.states()
     whole = case.run(native, whole_state, case.whole())
