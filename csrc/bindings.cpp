@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
+#include <chrono>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -30,6 +33,52 @@ T* pointer(uintptr_t address, const char* function, const char* argument) {
   return reinterpret_cast<T*>(address);
 }
 
+std::atomic<int64_t> kernel_nanoseconds{0};
+
+class KernelTimer {
+ public:
+  ~KernelTimer() {
+    const auto passed = std::chrono::steady_clock::now() - start_;
+    kernel_nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(passed).count();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// The calls of a step with all their arguments, to be made again as they are.
+class Recording {
+ public:
+  void begin() {
+    if (active) fail("Recording", "begin", "no recording under way on this thread", "one");
+    calls_.clear();
+    active = this;
+  }
+  void end() {
+    if (active == this) active = nullptr;
+  }
+  void replay() const {
+    KernelTimer timer;
+    for (const auto& call : calls_) call();
+  }
+  size_t size() const { return calls_.size(); }
+  ~Recording() { end(); }
+
+  // Makes a kernel call without the GIL, and keeps it where this thread is recording.
+  template <class Call>
+  static void launch(Call call) {
+    if (active) active->calls_.emplace_back(call);
+    py::gil_scoped_release release;
+    KernelTimer timer;
+    call();
+  }
+
+ private:
+  static thread_local Recording* active;
+  std::vector<std::function<void()>> calls_;
+};
+thread_local Recording* Recording::active = nullptr;
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -39,7 +88,22 @@ PYBIND11_MODULE(_native, module) {
   module.def("set_num_threads", &set_num_threads, py::arg("n"), "0 restores the default: the physical cores allowed.");
 
   module.def("cpu_isa", [] { return name(cpu_isa()); }, "The instruction-set level in use.");
-  module.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "generic, avx2 or avx512; ValueError where it cannot run.");
+  module.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),
+             "generic, avx2, avx512_vnni or avx512; ValueError where it cannot run.");
+
+  py::class_<Recording>(module, "Recording",
+                        "Model calls (matmuls, embedding, attention, convolution, delta rule) that this thread makes "
+                        "between begin and end are also kept; replay makes them again with the same addresses. Whoever "
+                        "records keeps that memory, and the matrices, alive.")
+      .def(py::init<>())
+      .def("begin", &Recording::begin, "Forgets what was recorded. ValueError while this thread records already.")
+      .def("end", &Recording::end)
+      .def("replay", &Recording::replay, py::call_guard<py::gil_scoped_release>())
+      .def("__len__", &Recording::size);
+  module.def(
+      "kernel_seconds", [] { return double(kernel_nanoseconds.load()) * 1e-9; },
+      "Time that all threads together have spent inside model calls; what else a step takes is the binding's and "
+      "Python's.");
 
   py::class_<PackedMatrix>(module, "PackedMatrix", "Weights in the kernels' own order; see csrc/cpu/packed_matrix.h.")
       .def_property_readonly("quant_type", [](const PackedMatrix& m) { return static_cast<int>(m.type()); })
@@ -83,7 +147,7 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "quant_matmul",
       [](const std::vector<const PackedMatrix*>& parts, uintptr_t x, int64_t num_rows, uintptr_t out,
-         uintptr_t norm_weight, double norm_eps, bool silu_mul, bool add_to_out) {
+         uintptr_t norm_weight, double norm_eps, bool silu_mul, bool add_to_out, bool exact) {
         constexpr const char* f = "quant_matmul";
         QuantMatmul call;
         for (const PackedMatrix* part : parts)
@@ -95,8 +159,8 @@ PYBIND11_MODULE(_native, module) {
         call.norm_eps = static_cast<float>(norm_eps);
         call.activation = silu_mul ? Activation::kSiluMul : Activation::kNone;
         call.residual = add_to_out ? call.out : nullptr;
-        py::gil_scoped_release release;
-        quant_matmul(call);
+        call.exact = exact;
+        Recording::launch([call] { quant_matmul(call); });
       },
       "x [T, K], the parts' rows side by side -> out; shapes: ops/quant_matmul. norm_weight 0: no norm in front.");
   module.def(
@@ -113,8 +177,7 @@ PYBIND11_MODULE(_native, module) {
         call.experts = {experts[0], experts[1], experts[2]};
         call.shared = {shared[0], shared[1], shared[2]};
         call.top_k = top_k, call.norm_topk_prob = norm_topk_prob;
-        py::gil_scoped_release release;
-        moe_matmul(call);
+        Recording::launch([call] { moe_matmul(call); });
       },
       "Adds a sparse block to x [T, H] in place; shapes: ops/moe_matmul. (gate, up, down) each; shared: three None.");
   module.def(
@@ -122,8 +185,7 @@ PYBIND11_MODULE(_native, module) {
       [](const PackedMatrix& matrix, uintptr_t ids, int64_t n, uintptr_t out) {
         const auto* i = n ? pointer<const int64_t>(ids, "quant_embedding", "ids") : nullptr;
         auto* o = n ? pointer<float>(out, "quant_embedding", "out") : nullptr;
-        py::gil_scoped_release release;
-        quant_embedding(matrix, i, n, o);
+        Recording::launch([matrix = &matrix, i, n, o] { quant_embedding(*matrix, i, n, o); });
       },
       "Rows ids [n] int64 of the matrix as float32 [n, cols].");
   module.def(
@@ -149,6 +211,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("read_bandwidth", &read_bandwidth, py::arg("nbytes") = 256 << 20, py::arg("threads") = 0,
              py::arg("repeats") = 5, py::call_guard<py::gil_scoped_release>(), "Best of some reads, bytes a second.");
   module.def("int8_rate", &int8_rate, py::call_guard<py::gil_scoped_release>(), "Int8 operations a second.");
+  module.def("bfloat16_rate", &bfloat16_rate, py::call_guard<py::gil_scoped_release>(), "The same of bfloat16.");
   module.def("float_rate", &float_rate, py::call_guard<py::gil_scoped_release>(), "Float32 operations a second.");
 
   module.def(
@@ -177,8 +240,7 @@ PYBIND11_MODULE(_native, module) {
         p.num_heads = num_heads, p.num_kv_heads = num_kv_heads, p.head_dim = head_dim;
         p.rotary_dim = rotary_dim, p.gated = gated;
         p.half_cache = half_cache, p.eps = eps, p.scale = static_cast<float>(scale);
-        py::gil_scoped_release release;
-        paged_attention(p);
+        Recording::launch([p] { paged_attention(p); });
       },
       "Writes keys and values of the new tokens into their pages, then attends. Shapes: ops/paged_attention.");
 
@@ -196,8 +258,7 @@ PYBIND11_MODULE(_native, module) {
         p.sequences = {pointer<const int32_t>(cu_seqlens, f, "cu_seqlens"),
                        pointer<const int32_t>(state_slots, f, "state_slots"), num_sequences, num_tokens, num_slots};
         p.x_stride = x_stride, p.channels = channels, p.taps = taps;
-        py::gil_scoped_release release;
-        causal_conv1d(p);
+        Recording::launch([p] { causal_conv1d(p); });
       },
       "Convolves packed sequences, each with its state, then SiLU. Shapes: ops/causal_conv1d.");
   module.def(
@@ -223,8 +284,7 @@ PYBIND11_MODULE(_native, module) {
         p.qkv_stride = qkv_stride, p.z_stride = z_stride, p.b_stride = b_stride, p.a_stride = a_stride;
         p.num_k_heads = num_k_heads, p.num_v_heads = num_v_heads;
         p.head_k_dim = head_k_dim, p.head_v_dim = head_v_dim, p.tiled = tiled, p.eps = eps;
-        py::gil_scoped_release release;
-        gated_delta_rule(p);
+        Recording::launch([p] { gated_delta_rule(p); });
       },
       "Advances the states of packed sequences by the gated delta rule. Shapes: ops/gated_delta_rule.");
 }

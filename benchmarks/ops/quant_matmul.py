@@ -74,11 +74,12 @@ def main() -> None:
     arguments = parser.parse_args()
     out_features, in_features = (int(n) for n in arguments.shape.split("x"))
     bandwidth, int8_rate, float_rate = _native.read_bandwidth(), _native.int8_rate(), _native.float_rate()
+    bfloat16_rate = _native.bfloat16_rate()
     for name in arguments.types:
         quant_type = types.by_name(name)
         if quant_type is None:
             parser.error(f"argument --types: {name!r} is no tensor type")
-        rate = float_rate if quant_type.is_float else int8_rate
+        rate = int8_rate if not quant_type.is_float else bfloat16_rate if quant_type is types.BF16 else float_rate
         for rows in arguments.rows:
             result = measure(quant_type, out_features, in_features, rows, arguments.repeats)
             ceiling = max(result["bytes"] / bandwidth, result["operations"] / rate)

@@ -8,6 +8,7 @@ namespace helexa {
 namespace {
 
 std::atomic<int> chosen{-1};  // -1: the best
+std::atomic<bool> without_bfloat16{false};
 
 CpuIsa best_cpu_isa() {
 #if defined(__x86_64__)
@@ -32,14 +33,26 @@ CpuIsa cpu_isa() {
   return level < 0 ? best_cpu_isa() : static_cast<CpuIsa>(level);
 }
 
-void set_cpu_isa(const std::string& wanted) {
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has && cpu_isa() == CpuIsa::kAvx512 && !without_bfloat16.load(std::memory_order_relaxed);
+#else
+  return false;
+#endif
+}
+
+void set_cpu_isa(const std::string& name_or_subset) {
+  const bool subset = name_or_subset == "avx512_vnni";
+  const std::string wanted = subset ? name(CpuIsa::kAvx512) : name_or_subset;
   for (const CpuIsa isa : {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx512}) {
     if (wanted != name(isa)) continue;
     if (isa > best_cpu_isa()) fail("set_cpu_isa", "name", std::string("at most ") + name(best_cpu_isa()), wanted);
     chosen.store(static_cast<int>(isa));
+    without_bfloat16.store(subset);
     return;
   }
-  fail("set_cpu_isa", "name", "generic, avx2 or avx512", wanted);
+  fail("set_cpu_isa", "name", "generic, avx2, avx512_vnni or avx512", wanted);
 }
 
 const char* name(CpuIsa isa) {

@@ -9,7 +9,10 @@ enum class CpuIsa { kGeneric, kAvx2, kAvx512 };
 
 // The level that kernels use: the best one of this processor and operating system, until set_cpu_isa.
 CpuIsa cpu_isa();
-// Takes "generic", "avx2" or "avx512". Throws std::invalid_argument for another name or a level this processor lacks.
+// Whether the level in use is AVX-512 with its instruction for products of bfloat16 numbers.
+bool multiplies_bfloat16();
+// Takes "generic", "avx2", "avx512", or "avx512_vnni": that without what newer processors add to it. Throws
+// std::invalid_argument for another name or a level this processor lacks.
 void set_cpu_isa(const std::string& name);
 const char* name(CpuIsa isa);
 

@@ -20,11 +20,6 @@ struct Lanes {
     const auto* q = static_cast<const __m128i*>(p);
     return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
   }
-  static F load_bfloat16(const void* p) {
-    const auto* q = static_cast<const __m128i*>(p);
-    const auto widen = [](__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); };
-    return {widen(_mm_loadu_si128(q)), widen(_mm_loadu_si128(q + 1))};
-  }
   static F load_u8(const uint8_t* p) { return from_u8(load16(p)); }
   static F load_i8(const uint8_t* p) {
     const __m128i x = load16(p);
@@ -102,6 +97,15 @@ struct Lanes {
   }
   // maddubs adds pairs of products in 16 bits. Codes of at most 6 bits cannot overflow it (2 * 63 * 127).
   static I dot(I sum, B codes, X x) { return {dot8(sum.a, codes.a, x), dot8(sum.b, codes.b, x)}; }
+  // The same in steps: pairs of products in 16 bits, sums of such, and these added to 32-bit sums.
+  static constexpr bool kNarrowSums = true;
+  static B products(B codes, X x) { return {_mm256_maddubs_epi16(codes.a, x), _mm256_maddubs_epi16(codes.b, x)}; }
+  static B add_narrow(B x, B y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
+  static I add_widened(I sum, B narrow) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(narrow.a, ones)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(narrow.b, ones))};
+  }
   // 8-bit codes: magnitude times activation with the code's sign, at most 2 * 128 * 127.
   static constexpr bool kWideDotRemovesOffset = true;
   static I dot_wide(I sum, B codes, X x) {
@@ -110,8 +114,19 @@ struct Lanes {
     return {dot8(sum.a, _mm256_abs_epi8(a), _mm256_sign_epi8(x, a)),
             dot8(sum.b, _mm256_abs_epi8(b), _mm256_sign_epi8(x, b))};
   }
+  static constexpr bool kMultipliesBfloat16 = false;
+  // The even and the odd of pairs of bfloat16 numbers.
+  static F even(B pairs) { return {even8(pairs.a), even8(pairs.b)}; }
+  static F odd(B pairs) { return {odd8(pairs.a), odd8(pairs.b)}; }
+  // sum + odd product, then + even product, each fused: the order of AVX-512's instruction.
+  static F dot_bfloat16(F sum, B w, X x) {
+    const __m256 o = odd8(x), e = even8(x);
+    return fma(even(w), {e, e}, fma(odd(w), {o, o}, sum));
+  }
 
  private:
+  static __m256 odd8(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536))); }
+  static __m256 even8(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static int32_t sum_of_bytes(__m128i x) {
     const __m128i sums = _mm_sad_epu8(_mm_xor_si128(x, _mm_set1_epi8(char(0x80))), _mm_setzero_si128());
     return _mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2) - 16 * 128;

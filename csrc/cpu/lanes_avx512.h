@@ -13,10 +13,6 @@ struct Lanes {
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   static F load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
-  static F load_bfloat16(const void* p) {
-    const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
   static F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load16(p))); }
   static F load_i8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p))); }
   static F load_low_nibble(const uint8_t* p) {
@@ -71,8 +67,25 @@ struct Lanes {
   }
   // Wide codes carry an offset of 128; here the accumulator's start takes it off.
   static constexpr bool kWideDotRemovesOffset = false;
+  static constexpr bool kNarrowSums = false;
   static I dot(I sum, B codes, X x) { return _mm512_dpbusd_epi32(sum, codes, x); }
   static I dot_wide(I sum, B codes, X x) { return dot(sum, codes, x); }
+#if defined(__AVX512BF16__)
+  static constexpr bool kMultipliesBfloat16 = true;
+#else
+  static constexpr bool kMultipliesBfloat16 = false;
+#endif
+  // The even and the odd of pairs of bfloat16 numbers.
+  static F even(B pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+  static F odd(B pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536))); }
+  // sum + odd product, then + even product, each fused: the instruction's own order.
+  static F dot_bfloat16(F sum, B w, X x) {
+#if defined(__AVX512BF16__)
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+#else
+    return fma(even(w), even(x), fma(odd(w), odd(x), sum));
+#endif
+  }
 
  private:
   static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }

@@ -35,9 +35,6 @@ struct Lanes {
   static F load_half(const void* p) {
     return each([=](int i) { return float_from_half(word(p, i)); });
   }
-  static F load_bfloat16(const void* p) {
-    return each([=](int i) { return float_from_bfloat16(word(p, i)); });
-  }
   static F load_u8(const uint8_t* p) {
     return each([=](int i) { return float(p[i]); });
   }
@@ -129,6 +126,7 @@ struct Lanes {
   }
   static X quad(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static constexpr bool kWideDotRemovesOffset = false;
+  static constexpr bool kNarrowSums = false;
   // Out of line: unrolled into every kernel it would make this file the longest to compile by far.
   __attribute__((noinline)) static I dot(I sum, const B& codes, X x) {
     for (int i = 0; i < 16; ++i)
@@ -136,6 +134,17 @@ struct Lanes {
     return sum;
   }
   static I dot_wide(I sum, const B& codes, X x) { return dot(sum, codes, x); }
+  static constexpr bool kMultipliesBfloat16 = false;
+  static F even(const B& pairs) {
+    return each([&](int i) { return float_from_bfloat16(word(pairs.v, 2 * i)); });
+  }
+  static F odd(const B& pairs) {
+    return each([&](int i) { return float_from_bfloat16(word(pairs.v, 2 * i + 1)); });
+  }
+  static F dot_bfloat16(const F& sum, const B& w, X x) {
+    const F o = splat(float_from_bfloat16(word(x.v, 1))), e = splat(float_from_bfloat16(word(x.v, 0)));
+    return fma(even(w), e, fma(odd(w), o, sum));
+  }
 
  private:
   static uint16_t word(const void* p, int i) {

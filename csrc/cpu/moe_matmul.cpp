@@ -18,6 +18,7 @@ namespace {
 constexpr const char* kName = "moe_matmul";
 constexpr int64_t kSliceRows = 512;  // tokens computed together: bounds the memory, and feeds each expert enough rows
 constexpr int64_t kRouterRows = 64;
+constexpr bool kExact = true;  // rounding here decides which experts the next layer's tokens go to
 
 struct MoeThreadScratch {
   ThreadScratch sums;
@@ -124,14 +125,14 @@ class Slice {
       if (e->gate) needs_.add(e->gate), needs_.add(e->up), hidden_needs_.add(e->down);
     const int64_t chunks = chunks_of(cols_);
     auto* int8 = needs_.int8 ? s_.int8.get<ActivationChunk>(chunks * rows_) : nullptr;
-    auto* floats = s_.floats.get<float>(chunks * rows_ * kChunk);
-    all_ = {int8, floats, cols_, rows_, rows_};
+    auto* floats = s_.floats.get<FloatChunk>(chunks * rows_);
+    all_ = {int8, floats, cols_, rows_, rows_, kExact};
     const Kernels& k = kernels();
     parallel_for(rows_, 4, [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
         const float* x = x_ + r * cols_;
         if (int8) k.quantize_row(x, cols_, call_.norm_weight, call_.norm_eps, int8 + r, rows_);
-        k.normalize_row(x, cols_, call_.norm_weight, call_.norm_eps, floats + r * kChunk, rows_ * kChunk);
+        k.normalize_row(x, cols_, call_.norm_weight, call_.norm_eps, floats + r, rows_);
       }
     });
   }
@@ -200,7 +201,7 @@ class Slice {
     auto* int8 = needs_.int8 ? s_.gathered_int8.get<ActivationChunk>(chunks * pairs_) : nullptr;
     Needs expert_needs;
     expert_needs.add(call_.experts.gate), expert_needs.add(call_.experts.up);
-    auto* floats = expert_needs.floats ? s_.gathered_floats.get<float>(chunks * pairs_ * kChunk) : nullptr;
+    auto* floats = expert_needs.floats ? s_.gathered_floats.get<FloatChunk>(chunks * pairs_) : nullptr;
     parallel_for(int64_t(s_.segments.size()), 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         Segment& segment = s_.segments[size_t(i)];
@@ -214,14 +215,14 @@ class Slice {
           continue;
         }
         ActivationChunk* int8_out = expert_needs.int8 ? int8 + segment.first * chunks : nullptr;
-        float* floats_out = floats ? floats + segment.first * chunks * kChunk : nullptr;
+        FloatChunk* floats_out = floats ? floats + segment.first * chunks : nullptr;
         for (int64_t c = 0; c < chunks; ++c)
           for (int64_t r = 0; r < segment.rows; ++r) {
             const int64_t to = c * segment.rows + r, from = c * rows_ + token[r];
             if (int8_out) int8_out[to] = all_.int8[from];
-            if (floats_out) std::memcpy(floats_out + to * kChunk, all_.floats + from * kChunk, kChunk * sizeof(float));
+            if (floats_out) floats_out[to] = all_.floats[from];
           }
-        segment.in = {int8_out, floats_out, cols_, segment.rows, segment.rows};
+        segment.in = {int8_out, floats_out, cols_, segment.rows, segment.rows, kExact};
       }
     });
   }
@@ -247,7 +248,7 @@ class Slice {
   void down() {
     const auto* hidden = s_.hidden.get<float>(all_pairs_ * hidden_cols_);
     auto* int8 = hidden_needs_.int8 ? s_.hidden_int8.get<ActivationChunk>(hidden_chunks_) : nullptr;
-    auto* floats = hidden_needs_.floats ? s_.hidden_floats.get<float>(hidden_chunks_ * kChunk) : nullptr;
+    auto* floats = hidden_needs_.floats ? s_.hidden_floats.get<FloatChunk>(hidden_chunks_) : nullptr;
     const Kernels& k = kernels();
     // Of a few tokens this is less work than waking the other threads.
     parallel_for(int64_t(s_.segments.size()), rows_ == 1 ? 16 : 1, [&](int64_t begin, int64_t end, int) {
@@ -259,7 +260,7 @@ class Slice {
           const float* row = hidden + (segment.first + r) * hidden_cols_;
           const int64_t to = segment.hidden_chunk + r;
           if (as_int8) k.quantize_row(row, cols, nullptr, 0, int8 + to, segment.rows);
-          if (!as_int8) k.normalize_row(row, cols, nullptr, 0, floats + to * kChunk, segment.rows * kChunk);
+          if (!as_int8) k.normalize_row(row, cols, nullptr, 0, floats + to, segment.rows);
         }
       }
     });
@@ -269,8 +270,11 @@ class Slice {
       const PackedMatrix& matrix = *segment.experts->down;
       const bool as_int8 = codes(matrix), pair = group + 1 < matrix.groups();
       const Pass pass{as_int8 ? int8 + segment.hidden_chunk : nullptr,
-                      as_int8 ? nullptr : floats + segment.hidden_chunk * kChunk, matrix.cols(), segment.rows,
-                      segment.rows};
+                      as_int8 ? nullptr : floats + segment.hidden_chunk,
+                      matrix.cols(),
+                      segment.rows,
+                      segment.rows,
+                      kExact};
       const RowGroup a = row_group(matrix, group, segment.member, scratch.mapped_a);
       const RowGroup b = pair ? row_group(matrix, group + 1, segment.member, scratch.mapped_b) : RowGroup{};
       sums_of(pass, a, b, scratch.sums, sums);
@@ -301,7 +305,7 @@ class Slice {
   }
 
   static Pass part(const Pass& pass, int64_t first, int64_t rows) {
-    return {pass.int8 ? pass.int8 + first : nullptr, pass.floats + first * kChunk, pass.cols, rows, pass.stride};
+    return {pass.int8 ? pass.int8 + first : nullptr, pass.floats + first, pass.cols, rows, pass.stride, pass.exact};
   }
 
   template <class Groups>

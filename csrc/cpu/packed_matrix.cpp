@@ -254,6 +254,12 @@ half_bits get_half(const uint8_t* header, int row) {
   return value;
 }
 
+// Where element (row, column) of a float type stands in its group.
+int64_t float_place(QuantType type, int64_t row, int64_t column) {
+  if (type == QuantType::BF16) return (column / 2 * kLanes + row) * 2 + column % 2;
+  return column * kLanes + row;
+}
+
 int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
 
 }  // namespace
@@ -283,7 +289,7 @@ PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int
     header_area_ = align64(cols / traits_.block_size * layout_.header_bytes);
     group_bytes_ = header_area_ + cols / 32 * layout_.code_bytes();
   } else {
-    group_bytes_ = align64(kLanes * row_bytes_);
+    group_bytes_ = align64(kLanes * row_bytes_);  // an odd number of BF16 columns leaves room for another
   }
   const auto* bytes = static_cast<const uint8_t*>(source);
   if (mapped) {
@@ -309,7 +315,7 @@ void PackedMatrix::pack_group(int64_t g, const uint8_t* matrix, uint8_t* out) co
     const int size = traits_.block_bytes;
     for (int r = 0; r < lanes; ++r)
       for (int64_t k = 0; k < cols_; ++k)
-        std::memcpy(out + (k * kLanes + r) * size, source + r * row_bytes_ + k * size, size_t(size));
+        std::memcpy(out + float_place(type(), r, k) * size, source + r * row_bytes_ + k * size, size_t(size));
     return;
   }
   const bool minimum = has_minimum(type());
@@ -345,7 +351,8 @@ void PackedMatrix::unpack_row(int64_t row, int64_t member, uint8_t* out) const {
   }
   if (layout_.storage == Storage::kFloats) {
     const int size = traits_.block_bytes;
-    for (int64_t k = 0; k < cols_; ++k) std::memcpy(out + k * size, in + (k * kLanes + r) * size, size_t(size));
+    for (int64_t k = 0; k < cols_; ++k)
+      std::memcpy(out + k * size, in + float_place(type(), r, k) * size, size_t(size));
     return;
   }
   const bool minimum = has_minimum(type());

@@ -8,7 +8,8 @@
 //            a vector belongs to row r, column 4j+b.
 //              8-bit plane: 8 vectors, one a quad            4-bit plane: 4 vectors, quad j low, quad j+4 high nibble
 //              2-bit plane: 2 vectors, quad 4v+i at bits 2i  1-bit plane: 1 vector, quad j at bit j
-// Codes are unsigned; a signed type is stored with an offset. F32, F16 and BF16 are stored as [columns][16] elements.
+// Codes are unsigned; a signed type is stored with an offset. F32 and F16 are stored as [columns][16] elements, BF16 as
+// [pairs of columns][16][2], an odd last column beside zeros.
 // All other types keep their rows as in the file.
 #pragma once
 

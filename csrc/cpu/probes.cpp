@@ -68,5 +68,6 @@ double read_bandwidth(int64_t nbytes, int threads, int repeats) {
 
 double int8_rate() { return rate(kernels().int8_rate_loop); }
 double float_rate() { return rate(kernels().float_rate_loop); }
+double bfloat16_rate() { return rate(kernels().bfloat16_rate_loop); }
 
 }  // namespace helexa

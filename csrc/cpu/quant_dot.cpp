@@ -4,6 +4,11 @@
 
 namespace helexa {
 
-const Kernels& kernels() { return HELEXA_AT_LEVEL(kKernels); }
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (multiplies_bfloat16()) return kKernelsAvx512Bf16;
+#endif
+  return HELEXA_AT_LEVEL(kKernels);
+}
 
 }  // namespace helexa

@@ -22,6 +22,13 @@ struct ActivationChunk {
   float negative_total_16[2 * kChunkGroups];
 };
 
+// 256 activations for float weights, and the same rounded to bfloat16 (to nearest, ties to even) for bfloat16 weights:
+// products of two are exact in float32, and there are instructions for them. A last odd column has a zero beside it.
+struct alignas(64) FloatChunk {
+  float x[kChunk];
+  uint16_t rounded[kChunk];
+};
+
 // 32 columns of 16 rows ready for the dot product: the scratch form of every code type in a matmul.
 struct alignas(64) UnpackedGroup {
   uint8_t codes[8 * 64];  // vector j: quad j
@@ -48,21 +55,23 @@ struct Kernels {
   // Normalises (norm_weight may be null) and quantises one row. Chunk i goes to out[i * chunk_stride].
   void (*quantize_row)(const float* x, int64_t cols, const float* norm_weight, float eps, ActivationChunk* out,
                        int64_t chunk_stride);
-  // The same without quantising: chunk i (256 floats) goes to out + i * chunk_stride.
-  void (*normalize_row)(const float* x, int64_t cols, const float* norm_weight, float eps, float* out,
+  // The same without quantising.
+  void (*normalize_row)(const float* x, int64_t cols, const float* norm_weight, float eps, FloatChunk* out,
                         int64_t chunk_stride);
   const CodeKernels* (*codes)(QuantType type);  // null unless packed_layout(type).storage is kCodes
-  // [depth][16] float16 or bfloat16 bits to float32.
-  void (*widen)(QuantType type, const void* source, int depth, float* out);
-  // sums += over `depth` columns of [depth][16] float weights; activation row r stands at x + r * x_stride.
-  void (*float_tile)(const float* a, const float* b, int depth, const float* x, int64_t x_stride, int rows,
-                     float* sums);
+  // `depth` columns of packed F16 or BF16 to float32 [depth][16]; of BF16 an even number is written.
+  void (*widen)(QuantType type, const uint8_t* source, int depth, float* out);
+  // sums += over `depth` columns of [depth][16] float weights and `rows` chunks at x.
+  void (*float_tile)(const float* a, const float* b, int depth, const FloatChunk* x, int rows, float* sums);
+  // The same with packed bfloat16 weights, whose columns are in pairs, and rounded activations.
+  void (*bfloat16_tile)(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums);
   // The whole width for rows <= 8, straight from packed F32, F16 or BF16 of one or two row groups.
-  void (*float_matvec)(QuantType type, const void* a, const void* b, int64_t cols, const float* x, int64_t chunk_stride,
-                       int rows, float* sums);
+  void (*float_matvec)(QuantType type, const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x,
+                       int64_t chunk_stride, int rows, float* sums);
   void (*silu_mul)(const float* gate, const float* up, float* out);  // 16 lanes
   double (*int8_rate_loop)(int64_t turns);                           // multiply-adds done (for the rate probes)
   double (*float_rate_loop)(int64_t turns);
+  double (*bfloat16_rate_loop)(int64_t turns);
   float (*read_loop)(const float* data, int64_t n);
 };
 
@@ -70,6 +79,7 @@ extern const Kernels kKernelsGeneric;
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
+extern const Kernels kKernelsAvx512Bf16;  // the same with the instruction for bfloat16 products
 #endif
 
 // The table of the level in use.

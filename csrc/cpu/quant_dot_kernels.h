@@ -47,6 +47,8 @@ struct CodeBase {
   static constexpr int kBlock = kBlockSize, kSubs = kSubs_, kOffset = kOffset_;
   static constexpr bool kMinimum = kMinimum_, kWide = kWide_;
   static constexpr int kHeader = packed_layout(kType).header_bytes, kCodeBytes = packed_layout(kType).code_bytes();
+  static constexpr int kMaxCode =
+      kWide ? 255 : (1 << (packed_layout(kType).base_bits + packed_layout(kType).high_bits)) - 1;
 };
 
 template <class Base>
@@ -162,6 +164,26 @@ inline I dot(I sum, B codes, Lanes::X x) {
   return Code::kWide ? Lanes::dot_wide(sum, codes, x) : Lanes::dot(sum, codes, x);
 }
 
+// Whether a level that adds pairs of products in 16 bits first may sum all quads of a scale so before it widens them.
+template <class Code, class L>
+constexpr bool kSumsNarrow = L::kNarrowSums && 8 / Code::kSubs * 2 * 127 * Code::kMaxCode <= 32767;
+
+// sum + the dot products of kQuads consecutive quads.
+template <class Code, class L = Lanes>
+inline I dots(I sum, const B* codes, const int8_t* q) {
+  constexpr int kQuads = 8 / Code::kSubs;
+  if constexpr (kSumsNarrow<Code, L>) {
+    B narrow = L::products(codes[0], L::quad(q));
+#pragma GCC unroll Lanes::kUnroll
+    for (int j = 1; j < kQuads; ++j) narrow = L::add_narrow(narrow, L::products(codes[j], L::quad(q + 4 * j)));
+    return L::add_widened(sum, narrow);
+  } else {
+#pragma GCC unroll Lanes::kUnroll
+    for (int j = 0; j < kQuads; ++j) sum = dot<Code>(sum, codes[j], Lanes::quad(q + 4 * j));
+    return sum;
+  }
+}
+
 // The float order of every path: scaled integers first to last, each followed by its minimum.
 template <class Code>
 inline F accumulate(F total, I sum, F scale, F minimum, const ActivationChunk& x, int g, int sub) {
@@ -208,10 +230,8 @@ void matvec_rows(const uint8_t* group, int64_t header_area, int64_t cols, const 
       const ActivationChunk& xr = chunk[r];
 #pragma GCC unroll Lanes::kUnroll
       for (int sub = 0; sub < Code::kSubs; ++sub) {
-        I sum = start_sum<Code>(xr, g, sub);
-#pragma GCC unroll Lanes::kUnroll
-        for (int j = 0; j < kQuads; ++j)
-          sum = dot<Code>(sum, w[sub * kQuads + j], Lanes::quad(xr.q + 32 * g + 4 * (sub * kQuads + j)));
+        const int first = sub * kQuads;
+        const I sum = dots<Code>(start_sum<Code>(xr, g, sub), w + first, xr.q + 32 * g + 4 * first);
         total[r] = accumulate<Code>(total[r], sum, scale[sub], minimum[sub], xr, g, sub);
       }
     }
@@ -252,7 +272,7 @@ void unpack(const uint8_t* group, int64_t header_area, int64_t chunk, int groups
   }
 }
 
-template <class Code, int kGroups, int kRows>
+template <class Code, int kGroups, int kRows, class L = Lanes>
 inline void register_tile(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const ActivationChunk* x,
                           float* sums) {
   constexpr int kQuads = 8 / Code::kSubs;
@@ -264,17 +284,35 @@ inline void register_tile(const UnpackedGroup* a, const UnpackedGroup* b, int gr
 #pragma GCC unroll Lanes::kUnroll
     for (int sub = 0; sub < Code::kSubs; ++sub) {
       I sum[kRows][kGroups];
+      if constexpr (kSumsNarrow<Code, L>) {
+        B narrow[kRows][kGroups];
 #pragma GCC unroll Lanes::kUnroll
-      for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kGroups; ++n) sum[r][n] = start_sum<Code>(x[r], g, sub);
+        for (int j = sub * kQuads; j < (sub + 1) * kQuads; ++j) {
+          for (int n = 0; n < kGroups; ++n) {
+            const B codes = L::load_bytes(w[n]->codes + 64 * j);
 #pragma GCC unroll Lanes::kUnroll
-      for (int j = sub * kQuads; j < (sub + 1) * kQuads; ++j) {
-        B codes[kGroups];
-        for (int n = 0; n < kGroups; ++n) codes[n] = Lanes::load_bytes(w[n]->codes + 64 * j);
+            for (int r = 0; r < kRows; ++r) {
+              const B four = L::products(codes, L::quad(x[r].q + 32 * g + 4 * j));
+              narrow[r][n] = j == sub * kQuads ? four : L::add_narrow(narrow[r][n], four);
+            }
+          }
+        }
 #pragma GCC unroll Lanes::kUnroll
-        for (int r = 0; r < kRows; ++r) {
-          const Lanes::X quad = Lanes::quad(x[r].q + 32 * g + 4 * j);
-          for (int n = 0; n < kGroups; ++n) sum[r][n] = dot<Code>(sum[r][n], codes[n], quad);
+        for (int r = 0; r < kRows; ++r)
+          for (int n = 0; n < kGroups; ++n) sum[r][n] = L::add_widened(start_sum<Code>(x[r], g, sub), narrow[r][n]);
+      } else {
+#pragma GCC unroll Lanes::kUnroll
+        for (int r = 0; r < kRows; ++r)
+          for (int n = 0; n < kGroups; ++n) sum[r][n] = start_sum<Code>(x[r], g, sub);
+#pragma GCC unroll Lanes::kUnroll
+        for (int j = sub * kQuads; j < (sub + 1) * kQuads; ++j) {
+          B codes[kGroups];
+          for (int n = 0; n < kGroups; ++n) codes[n] = Lanes::load_bytes(w[n]->codes + 64 * j);
+#pragma GCC unroll Lanes::kUnroll
+          for (int r = 0; r < kRows; ++r) {
+            const Lanes::X quad = Lanes::quad(x[r].q + 32 * g + 4 * j);
+            for (int n = 0; n < kGroups; ++n) sum[r][n] = dot<Code>(sum[r][n], codes[n], quad);
+          }
         }
       }
 #pragma GCC unroll Lanes::kUnroll
@@ -313,15 +351,17 @@ void tile(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const Acti
 }
 
 // A tile sees only what an unpacked group holds, so types that agree in these share its code.
-template <int kSubs_, bool kMinimum_, int kOffset_, bool kWide_>
+template <int kSubs_, bool kMinimum_, int kOffset_, bool kWide_, int kMaxCode_>
 struct TileCode {
-  static constexpr int kSubs = kSubs_, kOffset = kOffset_;
+  static constexpr int kSubs = kSubs_, kOffset = kOffset_, kMaxCode = kMaxCode_;
   static constexpr bool kMinimum = kMinimum_, kWide = kWide_;
 };
 
 template <class Code>
 const CodeKernels* kernels_of() {
-  using Tile = TileCode<Code::kSubs, Code::kMinimum, Code::kOffset, Code::kWide>;
+  // Where sums are wide from the start, the size of the codes makes no difference.
+  constexpr int kMaxCode = Lanes::kNarrowSums ? Code::kMaxCode : 0;
+  using Tile = TileCode<Code::kSubs, Code::kMinimum, Code::kOffset, Code::kWide, kMaxCode>;
   static constexpr CodeKernels kernels = {matvec<Code>, unpack<Code>, tile<Tile>};
   return &kernels;
 }
@@ -359,65 +399,127 @@ const CodeKernels* codes(QuantType type) {
 
 // --- Float weights --------------------------------------------------------------------------------------------------
 
-template <int kGroups, int kRows>
-inline void float_register_tile(const float* a, const float* b, int depth, const float* x, int64_t x_stride,
-                                float* sums) {
+// A step multiplies what stands side by side in a packed group: a column of F32 or F16, a pair of columns of BF16.
+template <QuantType kType>
+struct FloatStep {
+  static constexpr int kColumns = kType == QuantType::BF16 ? 2 : 1;
+  static constexpr int kBytes = kType == QuantType::F16 ? 32 : 64;  // of 16 rows
+  static F load(const uint8_t* w) {
+    if constexpr (kType == QuantType::F16) return Lanes::load_half(w);
+    return Lanes::load(reinterpret_cast<const float*>(w));
+  }
+  static F multiply_add(F weight, const FloatChunk& x, int step, F total) {
+    return Lanes::fma(weight, Lanes::splat(x.x[step]), total);
+  }
+};
+template <>
+struct FloatStep<QuantType::BF16> {
+  static constexpr int kColumns = 2, kBytes = 64;
+  static B load(const uint8_t* w) { return Lanes::load_bytes(w); }
+  static F multiply_add(const B& weights, const FloatChunk& x, int step, F total) {
+    return Lanes::dot_bfloat16(total, weights, Lanes::quad(reinterpret_cast<const int8_t*>(x.rounded + 2 * step)));
+  }
+};
+
+template <QuantType kType, int kGroups, int kRows>
+inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, float* sums) {
+  using Step = FloatStep<kType>;
   F total[kRows][kGroups];
   for (int r = 0; r < kRows; ++r)
     for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::load(sums + r * kSumStride + n * kLanes);
-  const float* w[2] = {a, b};
-  for (int k = 0; k < depth; ++k) {
-    F weight[kGroups];
-    for (int n = 0; n < kGroups; ++n) weight[n] = Lanes::load(w[n] + k * kLanes);
+  const uint8_t* w[2] = {a, b};
+  const int steps = div_up(depth, Step::kColumns);
+  for (int k = 0; k < steps; ++k) {
+    decltype(Step::load(a)) weight[kGroups];
+    for (int n = 0; n < kGroups; ++n) weight[n] = Step::load(w[n] + k * Step::kBytes);
 #pragma GCC unroll Lanes::kUnroll
-    for (int r = 0; r < kRows; ++r) {
-      const F value = Lanes::splat(x[r * x_stride + k]);
-      for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::fma(weight[n], value, total[r][n]);
-    }
+    for (int r = 0; r < kRows; ++r)
+      for (int n = 0; n < kGroups; ++n) total[r][n] = Step::multiply_add(weight[n], x[r], k, total[r][n]);
   }
   for (int r = 0; r < kRows; ++r)
     for (int n = 0; n < kGroups; ++n) Lanes::store(sums + r * kSumStride + n * kLanes, total[r][n]);
 }
 
-template <int kGroups>
-void float_tile_rows(const float* a, const float* b, int depth, const float* x, int64_t stride, int rows, float* sums) {
+template <QuantType kType, int kGroups>
+void float_tile_rows(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums) {
   constexpr int kStep = Lanes::kFloatTileRows;
   int r = 0;
   for (; r + kStep <= rows; r += kStep)
-    float_register_tile<kGroups, kStep>(a, b, depth, x + r * stride, stride, sums + r * kSumStride);
-  for (; r < rows; ++r) float_register_tile<kGroups, 1>(a, b, depth, x + r * stride, stride, sums + r * kSumStride);
-}
-
-void float_tile(const float* a, const float* b, int depth, const float* x, int64_t x_stride, int rows, float* sums) {
-  if (b) {
-    float_tile_rows<2>(a, b, depth, x, x_stride, rows, sums);
-  } else {
-    float_tile_rows<1>(a, a, depth, x, x_stride, rows, sums);
-  }
+    float_register_tile<kType, kGroups, kStep>(a, b, depth, x + r, sums + r * kSumStride);
+  for (; r < rows; ++r) float_register_tile<kType, kGroups, 1>(a, b, depth, x + r, sums + r * kSumStride);
 }
 
 template <QuantType kType>
-inline F load_weights(const void* p, int64_t k) {
-  if constexpr (kType == QuantType::F16) return Lanes::load_half(static_cast<const uint16_t*>(p) + k * kLanes);
-  if constexpr (kType == QuantType::BF16) return Lanes::load_bfloat16(static_cast<const uint16_t*>(p) + k * kLanes);
-  return Lanes::load(static_cast<const float*>(p) + k * kLanes);
+void float_tile_of(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums) {
+  if (b) {
+    float_tile_rows<kType, 2>(a, b, depth, x, rows, sums);
+  } else {
+    float_tile_rows<kType, 1>(a, a, depth, x, rows, sums);
+  }
+}
+
+void float_tile(const float* a, const float* b, int depth, const FloatChunk* x, int rows, float* sums) {
+  float_tile_of<QuantType::F32>(reinterpret_cast<const uint8_t*>(a), reinterpret_cast<const uint8_t*>(b), depth, x,
+                                rows, sums);
+}
+
+// Without the instruction taking pairs apart costs as much as multiplying: done once here, odd columns first, which is
+// the instruction's order.
+template <int kGroups>
+void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows,
+                             float* sums) {
+  constexpr int kStep = Lanes::kFloatTileRows;
+  alignas(64) float weights[2][kChunk * kLanes];
+  FloatChunk swapped[kStep];
+  const int pairs = div_up(depth, 2);
+  const uint8_t* packed[2] = {a, b};
+  for (int n = 0; n < kGroups; ++n)
+    for (int k = 0; k < pairs; ++k) {
+      const B pair = Lanes::load_bytes(packed[n] + 64 * k);
+      Lanes::store(weights[n] + 2 * k * kLanes, Lanes::odd(pair));
+      Lanes::store(weights[n] + (2 * k + 1) * kLanes, Lanes::even(pair));
+    }
+  const auto* bytes_a = reinterpret_cast<const uint8_t*>(weights[0]);
+  const auto* bytes_b = reinterpret_cast<const uint8_t*>(weights[1]);
+  for (int r = 0; r < rows; r += kStep) {
+    const int count = rows - r < kStep ? rows - r : kStep;
+    for (int i = 0; i < count; ++i)
+      for (int k = 0; k < 2 * pairs; ++k) swapped[i].x[k] = float_from_bfloat16(x[r + i].rounded[k ^ 1]);
+    if (count == kStep) {
+      float_register_tile<QuantType::F32, kGroups, kStep>(bytes_a, bytes_b, 2 * pairs, swapped, sums + r * kSumStride);
+    } else {
+      for (int i = 0; i < count; ++i)
+        float_register_tile<QuantType::F32, kGroups, 1>(bytes_a, bytes_b, 2 * pairs, swapped + i,
+                                                        sums + (r + i) * kSumStride);
+    }
+  }
+}
+
+void bfloat16_tile(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums) {
+  if constexpr (Lanes::kMultipliesBfloat16) {
+    float_tile_of<QuantType::BF16>(a, b, depth, x, rows, sums);
+  } else {
+    b ? bfloat16_tile_as_floats<2>(a, b, depth, x, rows, sums) : bfloat16_tile_as_floats<1>(a, a, depth, x, rows, sums);
+  }
 }
 
 template <QuantType kType, int kGroups, int kRows>
-void float_matvec_rows(const void* a, const void* b, int64_t cols, const float* x, int64_t chunk_stride, float* sums) {
-  constexpr int kBytes = kType == QuantType::F32 ? 64 : 32;  // of a column of 16 rows
-  const void* w[2] = {a, b};
+void float_matvec_rows(const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x, int64_t chunk_stride,
+                       float* sums) {
+  using Step = FloatStep<kType>;
+  const uint8_t* w[2] = {a, b};
   F total[kRows][kGroups];
   for (int r = 0; r < kRows; ++r)
     for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::zero();
   for (int64_t k0 = 0; k0 < cols; k0 += kChunk, x += chunk_stride) {
-    const int depth = int(cols - k0 < kChunk ? cols - k0 : kChunk);
+    const int steps = div_up(cols - k0 < kChunk ? cols - k0 : kChunk, Step::kColumns);
 #pragma GCC unroll Lanes::kUnroll
-    for (int k = 0; k < depth; ++k) {
+    for (int k = 0; k < steps; ++k) {
       for (int n = 0; n < kGroups; ++n) {
-        if (kBytes == 64 || k % 2 == 0) prefetch(static_cast<const uint8_t*>(w[n]) + (k0 + k) * kBytes, 64);
-        const F weight = load_weights<kType>(w[n], k0 + k);
-        for (int r = 0; r < kRows; ++r) total[r][n] = Lanes::fma(weight, Lanes::splat(x[r * kChunk + k]), total[r][n]);
+        const uint8_t* at = w[n] + (k0 / Step::kColumns + k) * Step::kBytes;
+        if (Step::kBytes == 64 || k % 2 == 0) prefetch(at, 64);
+        const auto weight = Step::load(at);
+        for (int r = 0; r < kRows; ++r) total[r][n] = Step::multiply_add(weight, x[r], k, total[r][n]);
       }
     }
   }
@@ -426,18 +528,17 @@ void float_matvec_rows(const void* a, const void* b, int64_t cols, const float* 
 }
 
 template <QuantType kType, int kGroups>
-void float_matvec_of(const void* a, const void* b, int64_t cols, const float* x, int64_t chunk_stride, int rows,
-                     float* sums) {
+void float_matvec_of(const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x, int64_t chunk_stride,
+                     int rows, float* sums) {
   int r = 0;
   for (; r + 4 <= rows; r += 4)
-    float_matvec_rows<kType, kGroups, 4>(a, b, cols, x + r * kChunk, chunk_stride, sums + r * kSumStride);
-  for (; r < rows; ++r)
-    float_matvec_rows<kType, kGroups, 1>(a, b, cols, x + r * kChunk, chunk_stride, sums + r * kSumStride);
+    float_matvec_rows<kType, kGroups, 4>(a, b, cols, x + r, chunk_stride, sums + r * kSumStride);
+  for (; r < rows; ++r) float_matvec_rows<kType, kGroups, 1>(a, b, cols, x + r, chunk_stride, sums + r * kSumStride);
 }
 
 template <QuantType kType>
-void float_matvec_type(const void* a, const void* b, int64_t cols, const float* x, int64_t chunk_stride, int rows,
-                       float* sums) {
+void float_matvec_type(const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x, int64_t chunk_stride,
+                       int rows, float* sums) {
   if (b) {
     float_matvec_of<kType, 2>(a, b, cols, x, chunk_stride, rows, sums);
   } else {
@@ -445,17 +546,22 @@ void float_matvec_type(const void* a, const void* b, int64_t cols, const float* 
   }
 }
 
-void float_matvec(QuantType type, const void* a, const void* b, int64_t cols, const float* x, int64_t chunk_stride,
-                  int rows, float* sums) {
+void float_matvec(QuantType type, const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x,
+                  int64_t chunk_stride, int rows, float* sums) {
   if (type == QuantType::F16) return float_matvec_type<QuantType::F16>(a, b, cols, x, chunk_stride, rows, sums);
   if (type == QuantType::BF16) return float_matvec_type<QuantType::BF16>(a, b, cols, x, chunk_stride, rows, sums);
   float_matvec_type<QuantType::F32>(a, b, cols, x, chunk_stride, rows, sums);
 }
 
-void widen(QuantType type, const void* source, int depth, float* out) {
-  for (int k = 0; k < depth; ++k)
-    Lanes::store(out + k * kLanes, type == QuantType::F16 ? load_weights<QuantType::F16>(source, k)
-                                                          : load_weights<QuantType::BF16>(source, k));
+void widen(QuantType type, const uint8_t* source, int depth, float* out) {
+  if (type == QuantType::F16) {
+    for (int k = 0; k < depth; ++k) Lanes::store(out + k * kLanes, Lanes::load_half(source + k * 32));
+    return;
+  }
+  for (int k = 0; k < depth; k += 2) {
+    const B pairs = Lanes::load_bytes(source + k * 32);
+    Lanes::store(out + k * kLanes, Lanes::even(pairs)), Lanes::store(out + (k + 1) * kLanes, Lanes::odd(pairs));
+  }
 }
 
 // --- Activations ----------------------------------------------------------------------------------------------------
@@ -472,16 +578,26 @@ inline float inverse_rms(const float* x, int64_t cols, float eps) {
   return 1.0f / __builtin_sqrtf(lanes[0] / float(cols) + eps);
 }
 
-void normalize_row(const float* x, int64_t cols, const float* norm_weight, float eps, float* out,
+inline uint16_t round_to_bfloat16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 64 : rounded);  // a NaN stays one
+}
+
+void normalize_row(const float* x, int64_t cols, const float* norm_weight, float eps, FloatChunk* chunks,
                    int64_t chunk_stride) {
   const float factor = norm_weight ? inverse_rms(x, cols, eps) : 1.0f;
-  for (int64_t k0 = 0; k0 < cols; k0 += kChunk, out += chunk_stride) {
+  for (int64_t k0 = 0; k0 < cols; k0 += kChunk, chunks += chunk_stride) {
     const int depth = int(cols - k0 < kChunk ? cols - k0 : kChunk);
+    float* out = chunks->x;
     if (norm_weight) {
       for (int k = 0; k < depth; ++k) out[k] = norm_weight[k0 + k] * (x[k0 + k] * factor);
     } else {
       for (int k = 0; k < depth; ++k) out[k] = x[k0 + k];
     }
+    for (int k = 0; k < depth; ++k) chunks->rounded[k] = round_to_bfloat16(out[k]);
+    if (depth % 2) chunks->rounded[depth] = 0;
   }
 }
 
@@ -586,6 +702,25 @@ double float_rate_loop(int64_t turns) {
   return double(turns) * kChains * 16;
 }
 
+double bfloat16_rate_loop(int64_t turns) {
+  constexpr int kChains = 12;
+  alignas(64) uint16_t ones[32];
+  for (auto& one : ones) one = 0x3f80;
+  const B w = Lanes::load_bytes(reinterpret_cast<const uint8_t*>(ones));
+  const Lanes::X x = Lanes::quad(reinterpret_cast<const int8_t*>(ones));
+  F sum[kChains];
+  for (auto& s : sum) s = Lanes::zero();
+  for (int64_t t = 0; t < turns; ++t) {
+#pragma GCC unroll Lanes::kUnroll
+    for (int c = 0; c < kChains; ++c) sum[c] = Lanes::dot_bfloat16(sum[c], w, x);
+  }
+  float out[kLanes];
+  volatile float sink;
+  for (const auto& s : sum) Lanes::store(out, s), sink = out[0];
+  (void)sink;
+  return double(turns) * kChains * 32;
+}
+
 float read_loop(const float* data, int64_t n) {
   F sum[4] = {Lanes::zero(), Lanes::zero(), Lanes::zero(), Lanes::zero()};
   for (int64_t i = 0; i + 64 <= n; i += 64) {
@@ -597,5 +732,6 @@ float read_loop(const float* data, int64_t n) {
   return out[0];
 }
 
-constexpr Kernels kTable = {quantize_row, normalize_row, codes,          widen,           float_tile,
-                            float_matvec, silu_mul,      int8_rate_loop, float_rate_loop, read_loop};
+constexpr Kernels kTable = {quantize_row,       normalize_row, codes,    widen,          float_tile,
+                            bfloat16_tile,      float_matvec,  silu_mul, int8_rate_loop, float_rate_loop,
+                            bfloat16_rate_loop, read_loop};

@@ -18,11 +18,18 @@ struct Job {
   int64_t column_a, column_b;  // where their results go
 };
 
+// The jobs of one part, or of a gate and its up: numbers from `first_job` on, results from `column` on.
+struct Range {
+  const PackedMatrix* part;
+  const PackedMatrix* up;
+  int64_t first_job, column;
+};
+
 struct State {
   std::mutex mutex;
   Scratch int8_activations, float_activations;
   std::vector<ThreadScratch> threads;
-  std::vector<Job> jobs;
+  std::vector<Range> ranges;
 };
 
 State& state() {
@@ -34,26 +41,30 @@ RowGroup row_group(const PackedMatrix& part, int64_t group) {
   return {&part, part.group(group), part.lanes(group), part.scale()};
 }
 
-void list_jobs(const QuantMatmul& call, std::vector<Job>& jobs) {
-  jobs.clear();
-  int64_t column = 0;
-  if (call.activation == Activation::kSiluMul) {
-    const size_t half = call.parts.size() / 2;
-    for (size_t p = 0; p < half; ++p) {
-      for (int64_t g = 0; g < call.parts[p]->groups(); ++g)
-        jobs.push_back({row_group(*call.parts[p], g), row_group(*call.parts[p + half], g), column + g * kLanes, 0});
-      column += call.parts[p]->rows();
-    }
-    return;
-  }
-  for (const PackedMatrix* part : call.parts) {
-    for (int64_t g = 0; g < part->groups(); g += 2) {
-      const bool pair = g + 1 < part->groups();
-      jobs.push_back({row_group(*part, g), pair ? row_group(*part, g + 1) : RowGroup{}, column + g * kLanes,
-                      column + (g + 1) * kLanes});
-    }
+// Returns how many jobs there are.
+int64_t list_ranges(const QuantMatmul& call, std::vector<Range>& ranges) {
+  ranges.clear();
+  const bool gated = call.activation == Activation::kSiluMul;
+  const size_t count = gated ? call.parts.size() / 2 : call.parts.size();
+  int64_t jobs = 0, column = 0;
+  for (size_t p = 0; p < count; ++p) {
+    const PackedMatrix* part = call.parts[p];
+    ranges.push_back({part, gated ? call.parts[p + count] : nullptr, jobs, column});
+    jobs += gated ? part->groups() : (part->groups() + 1) / 2;
     column += part->rows();
   }
+  return jobs;
+}
+
+Job job_at(const std::vector<Range>& ranges, int64_t number) {
+  size_t i = 0;
+  while (i + 1 < ranges.size() && ranges[i + 1].first_job <= number) ++i;
+  const Range& range = ranges[i];
+  const int64_t n = number - range.first_job;
+  if (range.up) return {row_group(*range.part, n), row_group(*range.up, n), range.column + n * kLanes, 0};
+  const bool pair = 2 * n + 1 < range.part->groups();
+  return {row_group(*range.part, 2 * n), pair ? row_group(*range.part, 2 * n + 1) : RowGroup{},
+          range.column + 2 * n * kLanes, range.column + (2 * n + 1) * kLanes};
 }
 
 void code_sums(const Pass& pass, const RowGroup& group_a, const RowGroup& group_b, ThreadScratch& scratch,
@@ -108,19 +119,32 @@ void float_sums(const Pass& pass, const RowGroup& group_a, const RowGroup& group
                 float* sums) {
   const Kernels& k = kernels();
   const int rows = static_cast<int>(pass.rows);
-  const int64_t stride = pass.stride * kChunk;
-  if (pass.matvec() && group_a.matrix->storage() == Storage::kFloats &&
+  const auto meets_rounded = [&](const RowGroup& g) { return g.matrix->type() == QuantType::BF16 && !pass.exact; };
+  const bool bfloat16 = meets_rounded(group_a);
+  if (group_b && bfloat16 != meets_rounded(group_b)) {
+    float_sums(pass, group_a, {}, scratch, sums);
+    float_sums(pass, group_b, {}, scratch, sums + kLanes);
+    return;
+  }
+  const bool widens = group_a.matrix->type() == QuantType::BF16 && !bfloat16;
+  if (pass.matvec() && !widens && group_a.matrix->storage() == Storage::kFloats &&
       (!group_b || group_b.matrix->type() == group_a.matrix->type())) {
-    k.float_matvec(group_a.matrix->type(), group_a.data, group_b.data, pass.cols, pass.floats, stride, rows, sums);
+    k.float_matvec(group_a.matrix->type(), group_a.data, group_b.data, pass.cols, pass.floats, pass.stride, rows, sums);
     return;
   }
   auto* tile_a = scratch.tile_a.get<float>(kChunk * kLanes);
   auto* tile_b = scratch.tile_b.get<float>(kChunk * kLanes);
   for (int64_t k0 = 0; k0 < pass.cols; k0 += kChunk) {
     const int depth = static_cast<int>(std::min<int64_t>(kChunk, pass.cols - k0));
+    const FloatChunk* x = pass.floats + k0 / kChunk * pass.stride;
+    if (bfloat16) {
+      const int64_t at = k0 * kLanes * int64_t(sizeof(uint16_t));
+      k.bfloat16_tile(group_a.data + at, group_b ? group_b.data + at : nullptr, depth, x, rows, sums);
+      continue;
+    }
     const float* a = float_weights(group_a, k0, depth, tile_a);
     const float* b = group_b ? float_weights(group_b, k0, depth, tile_b) : nullptr;
-    k.float_tile(a, b, depth, pass.floats + k0 / kChunk * stride, kChunk, rows, sums);
+    k.float_tile(a, b, depth, x, rows, sums);
   }
 }
 
@@ -177,7 +201,7 @@ void check_call(const QuantMatmul& call) {
 
 int64_t pass_rows(int64_t rows, int64_t cols, bool floats) {
   if (rows <= kMatvecRows) return rows;
-  const int64_t row_bytes = (cols + kChunk - 1) / kChunk * (floats ? kChunk * sizeof(float) : sizeof(ActivationChunk));
+  const int64_t row_bytes = (cols + kChunk - 1) / kChunk * (floats ? sizeof(FloatChunk) : sizeof(ActivationChunk));
   const int64_t most = std::clamp<int64_t>(kActivationBudget / row_bytes, 48, kMaxPassRows);
   const int64_t passes = (rows + most - 1) / most;
   return ((rows + passes - 1) / passes + kPassStep - 1) / kPassStep * kPassStep;
@@ -202,7 +226,7 @@ void quant_matmul(const QuantMatmul& call) {
   if (call.rows == 0) return;
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
-  list_jobs(call, s.jobs);
+  const int64_t jobs = list_ranges(call, s.ranges);
   s.threads.resize(std::max<size_t>(s.threads.size(), size_t(num_threads())));
 
   const int64_t cols = call.parts[0]->cols(), chunks = (cols + kChunk - 1) / kChunk;
@@ -218,15 +242,15 @@ void quant_matmul(const QuantMatmul& call) {
   const Kernels& k = kernels();
   for (int64_t first = 0; first < call.rows; first += most_rows) {
     const int64_t rows = std::min(most_rows, call.rows - first);
-    Pass pass{nullptr, nullptr, cols, rows, rows};
+    Pass pass{nullptr, nullptr, cols, rows, rows, call.exact};
     ActivationChunk* int8 = any_codes ? s.int8_activations.get<ActivationChunk>(chunks * pass.rows) : nullptr;
-    float* floats = any_floats ? s.float_activations.get<float>(chunks * pass.rows * kChunk) : nullptr;
+    FloatChunk* floats = any_floats ? s.float_activations.get<FloatChunk>(chunks * pass.rows) : nullptr;
     pass.int8 = int8, pass.floats = floats;
     const auto prepare = [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
         const float* x = call.x + (first + r) * cols;
         if (int8) k.quantize_row(x, cols, call.norm_weight, call.norm_eps, int8 + r, pass.rows);
-        if (floats) k.normalize_row(x, cols, call.norm_weight, call.norm_eps, floats + r * kChunk, pass.rows * kChunk);
+        if (floats) k.normalize_row(x, cols, call.norm_weight, call.norm_eps, floats + r, pass.rows);
       }
     };
     parallel_for(pass.rows, 4, prepare);
@@ -234,12 +258,12 @@ void quant_matmul(const QuantMatmul& call) {
       ThreadScratch& scratch = s.threads[size_t(thread)];
       float* sums = scratch.sums.get<float>(pass.rows * kSumStride);
       for (int64_t j = begin; j < end; ++j) {
-        const Job& job = s.jobs[size_t(j)];
+        const Job job = job_at(s.ranges, j);
         sums_of(pass, job.a, job.b, scratch, sums);
         write_results(call, job, sums, first, pass.rows, width);
       }
     };
-    parallel_for(int64_t(s.jobs.size()), 1, compute);
+    parallel_for(jobs, 1, compute);
   }
 }
 

@@ -18,6 +18,7 @@ struct QuantMatmul {
   const float* norm_weight;  // [K] of an RMSNorm in front, or null
   float norm_eps;
   Activation activation;  // kSiluMul: parts are the gates, then as many ups of equal shapes; out = silu(gate) * up
+  bool exact;             // bfloat16 weights meet activations that are not rounded to bfloat16
   const float* residual;  // added to the result, may be `out` itself; null: nothing is added; not with kSiluMul
 };
 

@@ -56,8 +56,9 @@ struct RowGroup {
 // number c * stride + r.
 struct Pass {
   const ActivationChunk* int8;
-  const float* floats;
+  const FloatChunk* floats;
   int64_t cols, rows, stride;
+  bool exact = false;  // bfloat16 weights meet activations that are not rounded
   bool matvec() const { return rows <= kMatvecRows; }
 };
 

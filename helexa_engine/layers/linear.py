@@ -15,13 +15,17 @@ from .weight import ParameterSlot, RawTensor
 
 @dataclass(slots=True, eq=False)
 class MatrixParameter:
-    """A matrix [rows, cols] packed for the matmul that was chosen. ``packed`` is that implementation's own object."""
+    """A matrix [rows, cols] packed for the matmul that was chosen. ``packed`` is that implementation's own object.
+
+    ``exact``: see :func:`..ops.quant_matmul.reference.quant_matmul`; set before the first use.
+    """
 
     rows: int
     cols: int
     matmul: Any
     packed: Any = None
     quant_type: str = ""
+    exact: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,6 +50,7 @@ class Linear:
         self._matmul = quant_matmul.choose(device, in_features=in_features)
         self._parameters = {name: MatrixParameter(rows, in_features, self._matmul) for name, rows in parts}
         self._packed: list[Any] | None = None
+        self._exact = False
 
     @classmethod
     def tied(cls, parameter: MatrixParameter) -> Linear:
@@ -54,6 +59,7 @@ class Linear:
         linear._matmul = parameter.matmul
         linear._parameters = {"tied": parameter}
         linear._packed = None
+        linear._exact = False
         return linear
 
     def slots(self) -> dict[str, ParameterSlot]:
@@ -74,6 +80,7 @@ class Linear:
         if self._packed is None:
             self._packed = [parameter.packed for parameter in self._parameters.values()]
             assert all(p is not None for p in self._packed), "the checkpoint was not loaded"
+            self._exact = any(parameter.exact for parameter in self._parameters.values())
         out: torch.Tensor = self._matmul.quant_matmul(
             x,
             self._packed,
@@ -81,5 +88,6 @@ class Linear:
             norm_eps=norm.eps if norm else 0.0,
             activation=activation,
             residual=residual,
+            exact=self._exact,
         )
         return out

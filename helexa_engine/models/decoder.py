@@ -13,7 +13,7 @@ import torch
 from ..batch import Batch
 from ..cache.spec import CacheSpec, KvDtype
 from ..layers.embedding import Embedding
-from ..layers.linear import Linear
+from ..layers.linear import Linear, MatrixParameter
 from ..layers.norm import RMSNorm
 from ..layers.rotary import rotary_table
 from ..layers.weight import ParameterSlot
@@ -81,6 +81,10 @@ class Decoder(ABC):
             self.lm_head = Linear.tied(self.embedding.parameter)
         else:
             self.lm_head = Linear([("lm_head.weight", config.vocab_size)], config.hidden_size, device)
+        if config.num_experts:  # a rounding that sends a token to another expert costs far more than it saves
+            for slot in self.parameters_wanted().values():
+                if isinstance(slot, MatrixParameter):
+                    slot.exact = True
 
     @abstractmethod
     def make_mixer(self, layer_idx: int) -> Mixer:

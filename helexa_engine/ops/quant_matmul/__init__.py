@@ -5,7 +5,7 @@ Functions of an implementation:
 ``pack(quant_type, data, rows, cols, *, scale)``
     ``data`` [bytes] uint8 as in a GGUF file, row-major -> a matrix in the implementation's own layout. Its products are multiplied
     with ``scale``.
-``quant_matmul(x, parts, *, norm_weight, norm_eps, activation, residual, out)``
+``quant_matmul(x, parts, *, norm_weight, norm_eps, activation, residual, out, exact)``
     ``x`` [T, K] float32; ``parts`` packed matrices [N_i, K] whose outputs stand side by side; -> [T, N] float32.
 """
 

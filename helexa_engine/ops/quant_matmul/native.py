@@ -37,6 +37,7 @@ def quant_matmul(
     activation: Activation | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    exact: bool = False,
 ) -> torch.Tensor:
     """See :func:`helexa_engine.ops.quant_matmul.reference.quant_matmul`. ``parts`` is a list of ``_native.PackedMatrix``."""
     if x.dtype != torch.float32 or not x.is_contiguous() or x.dim() != 2:
@@ -63,5 +64,6 @@ def quant_matmul(
         norm_eps,
         activation == "silu_mul",
         residual is not None,
+        exact,
     )
     return target

@@ -67,6 +67,7 @@ def quant_matmul(
     activation: Activation | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    exact: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """See :mod:`helexa_engine.ops.quant_matmul`.
@@ -78,6 +79,8 @@ def quant_matmul(
         activation: ``"silu_mul"`` splits the product [T, 2F] into gate and up and gives ``silu(gate) * up`` [T, F].
         residual: [T, N] float32, added to *in place* and returned.
         out: [T, N] float32 to write to.
+        exact: BF16 weights meet activations as they are. Implementations may round them to bfloat16 otherwise
+            (:func:`bfloat16_activations`); here they never are.
         compute_dtype: dtype of every step; float64 makes this the truth of tests.
     """
     value = x.to(compute_dtype)
@@ -111,3 +114,8 @@ def quantized_activations(x: torch.Tensor) -> torch.Tensor:
     inverse = torch.where(largest > 1e-30, torch.full_like(largest, 127) / largest, 0.0)
     codes = torch.round(groups * inverse)
     return (codes.double() * (largest / 127.0).double()).reshape(x.shape)
+
+
+def bfloat16_activations(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [T, K] float32 as bfloat16 weights meet it: rounded to bfloat16; -> [T, K] float64. Such a product is exact in float32."""
+    return x.bfloat16().double()

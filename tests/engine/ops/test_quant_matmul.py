@@ -32,7 +32,8 @@ def _isas() -> list[str]:
         return []
     best = _native.cpu_isa()
     levels = ["generic", "avx2", "avx512"]
-    return levels[: levels.index(best) + 1]
+    levels = levels[: levels.index(best) + 1]
+    return levels + ["avx512_vnni"] * (best == "avx512")
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,8 @@ def run(x: torch.Tensor, *parts: object, **keywords: object) -> torch.Tensor:
 def twin(quant_type: QuantType, data: np.ndarray, rows: int, cols: int, x: torch.Tensor) -> torch.Tensor:
     """The truth in float64 for what the kernel of this type computes."""
     seen = reference.quantized_activations(x) if quant_type.name in CODES else x
+    if quant_type is types.BF16:
+        seen = reference.bfloat16_activations(x)
     return twin_of_floats(quant_type, data, rows, cols, seen)
 
 
@@ -131,7 +134,7 @@ def rounding_bound(quant_type: QuantType, data: np.ndarray, rows: int, cols: int
 @pytest.mark.parametrize("quant_type", STORED, ids=str)
 def test_matches_the_integer_twin(quant_type: QuantType, isa: str) -> None:
     _native.set_cpu_isa(isa)
-    for n, cols in ((37, 3 * quant_type.block_size), (16, quant_type.block_size), (1, 320)):
+    for n, cols in ((37, 3 * quant_type.block_size), (16, quant_type.block_size), (1, 320), (20, 257)):
         if cols % quant_type.block_size:
             continue
         cols = cols if cols >= 32 or quant_type.name not in CODES else 32
@@ -222,9 +225,45 @@ def test_every_level_computes_the_same_integers(name: str) -> None:
             assert torch.equal(out.double(), truth.repeat(8, 1)[:rows]), (isa, rows)
 
 
+@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("name", CODES)
+def test_the_largest_codes_and_activations_do_not_overflow(name: str, isa: str) -> None:
+    """Where sums are narrow at first, this is what they have to hold."""
+    _native.set_cpu_isa(isa)
+    quant_type = types.by_name(name)
+    n, cols = 17, 512
+    for byte in (0x00, 0xFF, 0x80, 0x7F):
+        data = raw_weights(quant_type, n, cols)
+        layout, _ = dequantize._DECODERS[name]
+        blocks = data.view(layout)
+        for field in {"qs", "qh", "ql", "hmask"} & set(layout.names):
+            blocks[field].view(np.uint8)[...] = byte
+        packed = native.pack(quant_type, data, n, cols)
+        for sign in (1.0, -1.0):
+            x = torch.full((9, cols), 127 * sign)
+            truth, bound = twin(quant_type, data, n, cols, x), rounding_bound(quant_type, data, n, cols, x)
+            for rows in (1, 9):
+                assert ((run(x[:rows].contiguous(), packed).double() - truth[:rows]).abs() <= bound[:rows]).all()
+
+
+@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_bfloat16_weights_meet_activations_as_they_are_on_demand(rows: int, isa: str) -> None:
+    _native.set_cpu_isa(isa)
+    n, cols = 37, 513
+    data, half = raw_weights(types.BF16, n, cols), raw_weights(types.F16, n, cols)
+    x = activations(rows, cols)
+    parts = [native.pack(types.BF16, data, n, cols), native.pack(types.F16, half, n, cols)]
+    truth = torch.cat([twin_of_floats(t, d, n, cols, x) for t, d in ((types.BF16, data), (types.F16, half))], dim=1)
+    bound = torch.cat([rounding_bound(t, d, n, cols, x) for t, d in ((types.BF16, data), (types.F16, half))], dim=1)
+    assert ((run(x, *parts, exact=True).double() - truth).abs() <= bound).all()
+    rounded = (run(x, *parts).double() - truth).abs()
+    assert (rounded[:, n:] <= bound[:, n:]).all() and (rounded[:, :n] > bound[:, :n]).any()
+
+
 @pytest.mark.parametrize("quant_type", STORED, ids=str)
 def test_vector_levels_agree_to_the_last_bit(quant_type: QuantType) -> None:
-    """Both fuse and sum alike. Generic rounds products as well; it is held to the twin by its bound and by exact cases."""
+    """All fuse and sum alike. Generic rounds products as well; it is held to the twin by its bound and by exact cases."""
     if len(_isas()) < 3:
         pytest.skip("one vector level at most")
     n, cols = 37, 2 * max(quant_type.block_size, 64)
@@ -233,11 +272,12 @@ def test_vector_levels_agree_to_the_last_bit(quant_type: QuantType) -> None:
     for rows in (1, 3, 40):
         x = activations(rows, cols)
         results = []
-        for isa in ("avx2", "avx512"):
+        for isa in ("avx2", "avx512_vnni", "avx512"):
             _native.set_cpu_isa(isa)
             plain = run(x, packed, norm_weight=norm, norm_eps=1e-6)
             results.append((plain, run(x, packed, packed, activation="silu_mul")))
-        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1]), rows
+        for plain, gated in results[1:]:
+            assert torch.equal(plain, results[0][0]) and torch.equal(gated, results[0][1]), rows
 
 
 @pytest.mark.parametrize("isa", _isas())
@@ -344,7 +384,9 @@ def kernel_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
 
 
 @pytest.mark.parametrize("isa", _isas())
-@pytest.mark.parametrize("types_of_parts", [("F32", "F32"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K"), ("Q8_0", "F16")])
+@pytest.mark.parametrize(
+    "types_of_parts", [("F32", "F32"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K"), ("Q8_0", "F16"), ("F16", "BF16")]
+)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_norm_parts_swiglu_and_residual_in_one_call(types_of_parts: tuple[str, str], rows: int, isa: str) -> None:
     _native.set_cpu_isa(isa)
