@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,11 +11,19 @@ import torch
 
 from ..batch import Batch
 from ..cache.spec import StateCache
+from ..ops.registry import native_core
+from .recorded_step import RecordedStep
 from .sampler import Logits
 from .scheduler import Chunk
 
 if TYPE_CHECKING:
     from ..cache.spec import LayerCache
+
+logger = logging.getLogger(__name__)
+
+#: Decode steps of up to this many sequences are replayed. Each number has activations of its own in memory, about 2 MB a sequence
+#: for a small model; and the more sequences, the less does a call through Python weigh.
+MOST_RECORDED = 4
 
 
 class Model(Protocol):
@@ -59,6 +68,10 @@ class ModelRunner:
         self._seq_lens = np.zeros(max_num_seqs, np.int32)
         self._state_slots = np.zeros(max_num_seqs, np.int32)
         self._page_tables = np.zeros((max_num_seqs, max_pages_per_seq), np.int32)
+        self._steps: dict[int, RecordedStep] = {}
+        self._records = native_core() is not None
+        self._has_run = False  # a model's first step may prepare things
+        self._ready: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and logits of a recorded step
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -66,16 +79,50 @@ class ModelRunner:
         begin = [chunk.sequence.state_slot for chunk in chunks if chunk.start == 0]
         for cache in self._state_caches if begin else ():
             cache.clear([slot for slot in begin if slot is not None])
-        return self.model.forward(self._batch(chunks))
+        num_tokens = self._fill(chunks)
+        self._ready = None
+        decodes = num_tokens == len(chunks) <= MOST_RECORDED and all(chunk.samples for chunk in chunks)
+        if decodes and self._has_run and self._records:
+            self._ready = self._recorded(num_tokens)
+            return self._ready[0]
+        self._has_run = True
+        return self.model.forward(self._batch(len(chunks), num_tokens))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> Logits:
         """Logits [len(rows), vocab_size] of some rows of the hidden states; valid until the next call."""
+        if self._ready is not None and hidden is self._ready[0]:
+            logits = self._ready[1]
+            self._ready = None  # a sampler may write into them
+            if len(rows) == logits.shape[0]:
+                return logits.numpy()
         if len(rows) != hidden.shape[0]:
             hidden = hidden[torch.tensor(rows)]
         return self.model.logits(hidden).numpy()
 
-    def _batch(self, chunks: Sequence[Chunk]) -> Batch:
+    def _recorded(self, num_sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits of a step of one token each."""
+        step = self._steps.get(num_sequences)
+        if step is not None:
+            hidden, logits = step.replay()
+            return hidden, logits
+        batch = self._batch(num_sequences, num_sequences)
+
+        def function() -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self.model.forward(batch)
+            return hidden, self.model.logits(hidden)
+
+        step = RecordedStep(function)
+        if step.replayable:
+            self._steps[num_sequences] = step
+        else:
+            self._records = False
+            logger.debug("decode steps are not replayed: torch computes %s", ", ".join(sorted(step.computed_outside)))
+        hidden, logits = step.result
+        return hidden, logits
+
+    def _fill(self, chunks: Sequence[Chunk]) -> int:
+        """Writes the input buffers and returns the number of tokens."""
         first = 0
         for i, chunk in enumerate(chunks):
             sequence, after = chunk.sequence, first + chunk.num_tokens
@@ -97,7 +144,10 @@ class ModelRunner:
             self._seq_lens[i] = chunk.end
             self._state_slots[i] = sequence.state_slot or 0
             self._cu_seqlens[i + 1] = first = after
-        n = len(chunks)
+        return first
+
+    def _batch(self, n: int, first: int) -> Batch:
+        """The first ``n`` sequences and ``first`` tokens of the input buffers."""
         return Batch(
             input_ids=torch.from_numpy(self._input_ids[:first]),
             positions=torch.from_numpy(self._positions[:first]),

@@ -16,6 +16,7 @@ import torch
 from helexa_engine import LLM, GenerationResult, SamplingParams
 from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import mixes, types
+from helexa_engine.runtime import model_runner
 from helexa_engine.testing.checkpoints import write_folder, write_gguf, write_qwen3_folder
 from helexa_engine.testing.compare import assert_close
 
@@ -81,6 +82,21 @@ def test_batch_of_many_equals_each_alone(llm: LLM) -> None:
     together = llm.generate(prompts, settings)
     for p, s, result in zip(prompts, settings, together, strict=True):
         assert_same(llm.generate(p, s), result)
+
+
+def test_replayed_decode_step_equals_the_same_through_python(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = model_runner.MOST_RECORDED
+    results, settings = {}, params(max_tokens=6)
+    for count in (1, most, most + 1):
+        prompts = [prompt(60 + i) for i in range(count)]
+        results[count] = llm.generate(prompts, settings)
+    runner = llm._loaded.thread._engine.runner
+    assert {1, most} <= set(runner._steps) if NATIVE else not runner._steps
+    assert most + 1 not in runner._steps
+    monkeypatch.setattr(model_runner, "MOST_RECORDED", 0)
+    for count, replayed in results.items():
+        for got, expected in zip(replayed, llm.generate([prompt(60 + i) for i in range(count)], settings), strict=True):
+            assert_same(got, expected)
 
 
 def test_preempted_equals_undisturbed(llm: LLM, model: Path) -> None:
