@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
+from helexa_engine.cli import machine
 from helexa_engine.cli.bench import append_row, measure, preset_file, report
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import HelexaError
+from helexa_engine.ops.registry import require_native
+
+from . import base, llama_cpp
+from .cases import GROUPS, Case, is_recorded, rows_of
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "engine.jsonl"
 
@@ -23,6 +25,9 @@ def main() -> int:
     parser.add_argument("--preset", default="qwen3-0.6b", help="[qwen3-0.6b]")
     parser.add_argument("--quant", nargs="+", default=["Q8_0", "Q4_K_M"], help="[Q8_0 Q4_K_M]")
     parser.add_argument("--preset-folder", type=Path, help="where preset files are kept; default: the temporary folder")
+    parser.add_argument("--group", nargs="+", choices=GROUPS, help="the rows of a group that this commit lacks instead")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of a group after this time")
+    parser.add_argument("--base", metavar="REV", help="time this commit and REV in turn instead, without a row")
     parser.add_argument(
         "--peer-llama-bench", metavar="PATH", type=Path, help="llama.cpp's llama-bench, run on the same files"
     )
@@ -31,74 +36,87 @@ def main() -> int:
     parser.add_argument("--mmap-experts", action="store_true", help="as of helexa serve")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="[512]")
     parser.add_argument("--decode-tokens", type=int, default=64, help="[64]")
+    parser.add_argument("--decode-context", type=int, default=0, help="tokens in the context of a decode step [0]")
     parser.add_argument("--repetitions", type=int, default=5, help="[5]")
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="rows are appended here [benchmarks/results/engine.jsonl]"
     )
     arguments = parser.parse_args()
     try:
+        if arguments.group:
+            return measure_groups(arguments)
+        shape = (arguments.prompt_tokens, arguments.decode_tokens, arguments.decode_context)
+        cases = [Case(arguments.preset, quant, *shape) for quant in arguments.quant]
         models = [(Path(model).name, Path(model)) for model in arguments.models] or [
-            (f"{arguments.preset} {quant}", preset_file(arguments.preset, quant, arguments.preset_folder))
-            for quant in arguments.quant
+            (case.name, preset_file(case.preset, case.quant, arguments.preset_folder)) for case in cases
         ]
         for name, path in models:
-            row = measure(
-                str(path),
-                EngineConfig(
-                    num_threads=arguments.num_threads,
-                    memory_fraction=arguments.memory_fraction,
-                    mmap_experts=arguments.mmap_experts,
-                ),
-                name=name,
-                prompt_tokens=arguments.prompt_tokens,
-                decode_tokens=arguments.decode_tokens,
-                repetitions=arguments.repetitions,
-            )
-            print(report(row), flush=True)
-            append_row(arguments.output, row)
-            if arguments.peer_llama_bench is not None:
-                peer = measure_llama_cpp(arguments.peer_llama_bench, path, row)
-                print(compare(row, peer), flush=True)
-                append_row(arguments.output, peer)
+            if arguments.base is not None:
+                print(
+                    f"{'model':>12}  {name}\n{base.compare(arguments.base, path, _options(arguments), arguments.repetitions)}"
+                )
+            else:
+                measure_file(name, path, cases[0], arguments)
     except HelexaError as error:
         print(f"benchmarks.engine: error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def measure_llama_cpp(program: Path, model: Path, ours: dict[str, Any]) -> dict[str, Any]:
-    """llama.cpp on the same file with the same threads, lengths and repetitions; its row shares our run's bandwidth."""
-    lengths = ["-p", str(ours["prefill_tokens"]), "-n", str(ours["decode_tokens"])]
-    runs = ["-t", str(ours["threads"]), "-r", str(ours["repetitions"]), "-o", "jsonl"]
-    done = subprocess.run([str(program), "-m", str(model), *lengths, *runs], check=True, capture_output=True, text=True)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    prefill = next(result for result in results if result["n_prompt"])
-    decode = next(result for result in results if result["n_gen"])
-    decode_rate = statistics.median(decode["samples_ts"])
-    shared = (
-        "benchmark", "model", "date", "machine", "threads", "repetitions", "read_bytes_per_second", "file_bytes",
-        "prefill_tokens", "decode_tokens", "decode_bytes_per_token",
-    )  # fmt: skip
-    return {key: ours[key] for key in shared} | {
-        "engine": "llama.cpp",
-        "commit": prefill["build_commit"],
-        "prefill_tokens_per_second": round(statistics.median(prefill["samples_ts"]), 2),
-        "prefill_samples": [round(rate, 2) for rate in prefill["samples_ts"]],
-        "decode_tokens_per_second": round(decode_rate, 2),
-        "decode_samples": [round(rate, 2) for rate in decode["samples_ts"]],
-        "decode_share_of_bandwidth": round(
-            decode_rate * ours["decode_bytes_per_token"] / ours["read_bytes_per_second"], 3
+def measure_groups(arguments: argparse.Namespace) -> int:
+    """What is missing of the groups; 3 when the time was over before all was there."""
+    started, commit, native = time.monotonic(), machine.commit(), require_native()
+    cases = [case for group in arguments.group for case in GROUPS[group]]
+    for case in cases:  # writing presets is no part of the time
+        preset_file(case.preset, case.quant, arguments.preset_folder)
+    longest = 0.0
+    for done, case in enumerate(cases):
+        rows = rows_of(arguments.output)
+        peer = arguments.peer_llama_bench is not None
+        if is_recorded(case, rows, commit=commit, instruction_set=native.cpu_isa(), peer=peer):
+            continue
+        before = time.monotonic()
+        if before - started + longest > arguments.seconds:
+            print(f"{len(cases) - done} of {len(cases)} rows are still missing: run the same again", file=sys.stderr)
+            return 3
+        measure_file(case.name, preset_file(case.preset, case.quant, arguments.preset_folder), case, arguments)
+        longest = max(longest, time.monotonic() - before)
+    return 0
+
+
+def measure_file(name: str, path: Path, case: Case, arguments: argparse.Namespace) -> None:
+    """One row, and the peer's behind it. Both are written at once, so that a broken run leaves no half."""
+    row = measure(
+        str(path),
+        EngineConfig(
+            num_threads=arguments.num_threads,
+            memory_fraction=arguments.memory_fraction,
+            mmap_experts=arguments.mmap_experts,
         ),
-    }
+        name=name,
+        prompt_tokens=case.prompt_tokens,
+        decode_tokens=case.decode_tokens,
+        decode_context=case.decode_context,
+        repetitions=arguments.repetitions,
+    )
+    print(report(row), flush=True)
+    if arguments.peer_llama_bench is None:
+        append_row(arguments.output, row)
+        return
+    peer = llama_cpp.measure(arguments.peer_llama_bench, path, row)
+    print(llama_cpp.compare(row, peer), flush=True)
+    append_row(arguments.output, row)
+    append_row(arguments.output, peer)
 
 
-def compare(ours: dict[str, Any], peer: dict[str, Any]) -> str:
-    """helexa over llama.cpp, from one run."""
-    parts = [
-        f"{phase} {peer[key]:.1f} tokens/s, helexa is {ours[key] / peer[key]:.2f}x"
-        for phase, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second"))
-    ]
-    return f"{'llama.cpp':>12}  {'; '.join(parts)}"
+def _options(arguments: argparse.Namespace) -> list[str]:
+    """The options of one turn of ``helexa bench``; ``--repetitions`` counts the turns."""
+    names = ("prompt_tokens", "decode_tokens", "num_threads", "memory_fraction")
+    given = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in names]
+    if arguments.decode_context:
+        given.append(("--decode-context", arguments.decode_context))
+    options = [text for name, value in given if value is not None for text in (name, str(value))]
+    return [*options, *(["--mmap-experts"] if arguments.mmap_experts else []), "--repetitions", "3"]
 
 
 if __name__ == "__main__":

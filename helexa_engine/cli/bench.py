@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -50,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode-tokens", metavar="N", type=_positive, default=64, help="tokens generated in a run [64]"
     )
     parser.add_argument(
+        "--decode-context", metavar="N", type=int, default=0, help="tokens in the context when they are generated [0]"
+    )
+    parser.add_argument(
         "--repetitions", metavar="N", type=_positive, default=5, help="runs, of which the median counts [5]"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="append the result as one line of JSON")
@@ -80,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         name=name,
         prompt_tokens=arguments.prompt_tokens,
         decode_tokens=arguments.decode_tokens,
+        decode_context=arguments.decode_context,
         repetitions=arguments.repetitions,
     )
     print(report(row))
@@ -103,7 +108,14 @@ def preset_file(preset: str, quant: str, folder: Path | None = None) -> Path:
 
 
 def measure(
-    model: str, config: EngineConfig, *, name: str, prompt_tokens: int, decode_tokens: int, repetitions: int
+    model: str,
+    config: EngineConfig,
+    *,
+    name: str,
+    prompt_tokens: int,
+    decode_tokens: int,
+    repetitions: int,
+    decode_context: int = 0,
 ) -> dict[str, Any]:
     """Loads ``model`` and runs it. Returns the row that ``--json`` writes; benchmarks/README.md explains its fields.
 
@@ -118,7 +130,8 @@ def measure(
     from ..weights.checkpoint import open_checkpoint
     from .loading import load
 
-    wanted_len = max(prompt_tokens, decode_tokens + 1) + _SPARE_TOKENS
+    context = max(decode_context, 1)  # something has to be there
+    wanted_len = max(prompt_tokens, context + decode_tokens) + _SPARE_TOKENS
     if config.max_model_len is None:
         # Only the pages that the runs need are reserved, so that resident memory shows the weights.
         config = dataclasses.replace(config, max_model_len=wanted_len, max_num_seqs=1)
@@ -141,12 +154,15 @@ def measure(
         _decode(llm, prompts.draw(1), min(decode_tokens, 8))
         bandwidth = [_native.read_bandwidth()]
         prefill = [_prefill(llm, prompts.draw(prompt_tokens)) for _ in range(repetitions)]
-        decode = [_decode(llm, prompts.draw(1), decode_tokens) for _ in range(repetitions)]
+        kernels = _native.kernel_seconds()
+        decode = [_decode(llm, prompts.draw(context), decode_tokens) for _ in range(repetitions)]
+        in_kernels = (_native.kernel_seconds() - kernels) / (repetitions * (decode_tokens + 1))  # of a step
         bandwidth.append(_native.read_bandwidth())
 
     read = statistics.mean(bandwidth)
     prefill_rate = prompt_tokens / statistics.median(prefill)
     token_seconds = statistics.median(decode) / decode_tokens
+    outside = round(1 - in_kernels / (statistics.mean(decode) / decode_tokens), 4)
     return {
         "benchmark": "engine",
         "engine": "helexa",
@@ -166,10 +182,13 @@ def measure(
         "prefill_tokens_per_second": round(prefill_rate, 2),
         "prefill_samples": [round(prompt_tokens / seconds, 2) for seconds in prefill],
         "decode_tokens": decode_tokens,
+        "decode_context": decode_context,
         "decode_tokens_per_second": round(1 / token_seconds, 2),
         "decode_samples": [round(decode_tokens / seconds, 2) for seconds in decode],
         "decode_bytes_per_token": bytes_per_token,
         "decode_share_of_bandwidth": round(bytes_per_token / token_seconds / read, 3),
+        # Behind a long prompt the kernels' time is not the steps' alone.
+        **({} if decode_context else {"decode_share_outside_kernels": outside}),
         "decode_overhead_per_layer_microseconds": round((token_seconds - bytes_per_token / read) / num_layers * 1e6, 1),
     }
 
@@ -237,9 +256,10 @@ def report(row: dict[str, Any]) -> str:
     lines += [
         (f"prefill {row['prefill_tokens']}", f"{row['prefill_tokens_per_second']:.1f} tokens/s"),
         (
-            f"decode {row['decode_tokens']}",
+            f"decode {row['decode_tokens']}" + (f"@{row['decode_context']}" if row["decode_context"] else ""),
             f"{row['decode_tokens_per_second']:.1f} tokens/s, {row['decode_share_of_bandwidth']:.0%} of the bandwidth's limit of "
-            f"{bandwidth / row['decode_bytes_per_token']:.1f}; overhead {row['decode_overhead_per_layer_microseconds']:.0f} us a layer",
+            f"{bandwidth / row['decode_bytes_per_token']:.1f}; overhead {row['decode_overhead_per_layer_microseconds']:.0f} us a layer; "
+            f"{row.get('decode_share_outside_kernels', math.nan):.1%} outside the kernels",
         ),
     ]
     return "\n".join(f"{title:>12}  {text}" for title, text in lines)

@@ -64,12 +64,15 @@ def resident_bytes() -> dict[str, int]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, with ``+changes`` when tracked files differ from it; None when installed."""
+    """The commit of the source tree this package runs from, with ``+changes`` when tracked files other than recorded results differ
+    from it; None when installed."""
     if not (PACKAGE_ROOT / ".git").exists():
         return None
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return head + (
+            "+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

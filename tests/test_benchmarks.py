@@ -1,0 +1,76 @@
+"""What the benchmarks decide without measuring: which rows there are, and which are missing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine import base, llama_cpp
+from benchmarks.engine.cases import GROUPS, Case, is_recorded, rows_of
+from helexa_engine.presets import PRESETS
+from helexa_engine.quant import mixes
+
+CASE = Case("qwen3-0.6b", "Q8_0", 64, 32, 4096)
+
+
+def row(engine: str = "helexa", **changes: Any) -> dict[str, Any]:
+    return {
+        "benchmark": "engine", "engine": engine, "model": CASE.name, "commit": "abc", "date": "today", "threads": 2,
+        "machine": {"instruction_set": "avx512"}, "prefill_tokens": 64, "decode_tokens": 32, "decode_context": 4096,
+        "repetitions": 3, "read_bytes_per_second": 4e10, "file_bytes": 1, "decode_bytes_per_token": 10**9,
+        "prefill_tokens_per_second": 200.0, "decode_tokens_per_second": 30.0,
+    } | changes  # fmt: skip
+
+
+def test_every_case_has_a_preset_and_a_mix_and_groups_do_not_overlap() -> None:
+    cases = [case for group in GROUPS.values() for case in group]
+    assert all(case.preset in PRESETS and mixes.by_name(case.quant) is not None for case in cases)
+    assert len(set(cases)) == len(cases)
+
+
+def test_a_row_counts_for_its_commit_level_and_lengths_with_the_peers_behind_it() -> None:
+    def recorded(rows: list[dict[str, Any]], *, peer: bool = False) -> bool:
+        return is_recorded(CASE, rows, commit="abc", instruction_set="avx512", peer=peer)
+
+    assert not recorded([]) and recorded([row()])
+    for change in ({"commit": "abd"}, {"decode_context": 0}, {"prefill_tokens": 512}, {"model": "qwen3-0.6b Q6_K"}):
+        assert not recorded([row(**change)])
+    assert not recorded([row(machine={"instruction_set": "avx2"})])
+    without_context = {key: value for key, value in row().items() if key != "decode_context"}  # as older rows are
+    assert not recorded([without_context])
+    assert not recorded([row()], peer=True) and not recorded([row(), row()], peer=True)
+    assert recorded([row(), row("llama.cpp", commit="b1")], peer=True)
+    assert not recorded([row(), row("llama.cpp", prefill_tokens=512)], peer=True)
+
+
+def test_recorded_rows_can_be_read_and_say_what_they_compare() -> None:
+    rows = rows_of(Path(base.ROOT) / "benchmarks" / "results" / "engine.jsonl")
+    assert rows and {row["engine"] for row in rows} == {"helexa", "llama.cpp"}
+    assert rows_of(Path("/nowhere/engine.jsonl")) == []
+
+
+def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path) -> None:
+    program, calls = tmp_path / "llama-bench", tmp_path / "calls"
+    answer = json.dumps({"samples_ts": [99.0, 100.0, 104.0], "build_commit": "b1"})
+    program.write_text(f"#!/bin/sh\necho \"$@\" >> {calls}\necho noise\necho '{answer}'\n")
+    program.chmod(0o755)
+    peer = llama_cpp.measure(program, tmp_path / "m.gguf", row())
+    assert [line.split(" ", 2)[2] for line in calls.read_text().splitlines()] == [
+        "-p 64 -n 0 -t 2 -r 3 -o jsonl",
+        "-p 0 -n 32 -d 4096 -t 2 -r 3 -o jsonl",
+    ]
+    assert (peer["engine"], peer["commit"], peer["prefill_tokens_per_second"]) == ("llama.cpp", "b1", 100.0)
+    assert peer["decode_share_of_bandwidth"] == pytest.approx(100 * 1e9 / 4e10)
+    text = llama_cpp.compare(row(), peer)
+    assert "prefill 100.0 tokens/s, helexa is 2.00x" in text and "decode 100.0 tokens/s, helexa is 0.30x" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["engine.__main__", "ops.paged_attention", "ops.quant_matmul", "ops.quantize", "ops.moe_matmul"]
+)
+def test_every_benchmark_imports(name: str) -> None:
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)
