@@ -260,6 +260,22 @@ int64_t float_place(QuantType type, int64_t row, int64_t column) {
   return column * kLanes + row;
 }
 
+// out[k][row] = element k of each of the `lanes` rows, 16 side by side.
+template <class T>
+void interleave(const uint8_t* rows, int64_t row_bytes, int64_t count, int lanes, uint8_t* out) {
+  constexpr int kSteps =
+      16;  // of each row at a time: whole cache lines, though rows may share their places in the cache
+  T block[kSteps][kLanes] = {};
+  for (int64_t k = 0; k < count; k += kSteps) {
+    const int steps = int(std::min<int64_t>(kSteps, count - k));
+    for (int r = 0; r < lanes; ++r) {
+      const uint8_t* row = rows + r * row_bytes + k * int64_t(sizeof(T));
+      for (int i = 0; i < steps; ++i) std::memcpy(&block[i][r], row + i * sizeof(T), sizeof(T));
+    }
+    std::memcpy(out + k * int64_t(sizeof block[0]), block, size_t(steps) * sizeof block[0]);
+  }
+}
+
 int64_t align64(int64_t n) { return (n + 63) / 64 * 64; }
 
 }  // namespace
@@ -312,10 +328,15 @@ void PackedMatrix::pack_group(int64_t g, const uint8_t* matrix, uint8_t* out) co
     return;
   }
   if (layout_.storage == Storage::kFloats) {
-    const int size = traits_.block_bytes;
-    for (int r = 0; r < lanes; ++r)
-      for (int64_t k = 0; k < cols_; ++k)
-        std::memcpy(out + float_place(type(), r, k) * size, source + r * row_bytes_ + k * size, size_t(size));
+    // Elements of 4 bytes are a column of F32 or a pair of BF16's; a last odd one of these is placed by itself.
+    if (type() == QuantType::F16) {
+      interleave<uint16_t>(source, row_bytes_, cols_, lanes, out);
+    } else {
+      interleave<uint32_t>(source, row_bytes_, row_bytes_ / 4, lanes, out);
+    }
+    if (row_bytes_ % 4 && type() == QuantType::BF16)
+      for (int r = 0; r < lanes; ++r)
+        std::memcpy(out + float_place(type(), r, cols_ - 1) * 2, source + r * row_bytes_ + (cols_ - 1) * 2, 2);
     return;
   }
   const bool minimum = has_minimum(type());
