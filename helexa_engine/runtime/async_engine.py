@@ -36,6 +36,7 @@ class AsyncEngine:
         self, model: str | Path, config: EngineConfig | None = None, *, progress: Progress | None = None
     ) -> None:
         self._loaded = load_model(model, config or EngineConfig(), progress)
+        self._loaded.warm_grammars()
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> AsyncEngine:

@@ -131,6 +131,10 @@ class LoadedModel:
         """Token ids of the request's messages as the model would get them. Raises what :meth:`prepare` raises for them."""
         return self._processor.encode_chat(request)
 
+    def warm_grammars(self) -> None:
+        """Prepares for structured output now, so that no running answer waits for it later."""
+        self._processor.grammars.warm()
+
     def close(self, timeout: float) -> bool:
         """Ends running requests and frees the model; False when the step under way took longer than ``timeout`` seconds."""
         return self.thread.close(timeout)

@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from .thinking import Thinking, ThinkingControl
 from .tokenizer import Tokenizer
 
 _CACHED_GRAMMARS = 64
+_LARGE_VOCABULARY = 32_768  # below, a mask costs less than handing its computation to another thread
 
 
 #: How JSON is laid out. White space between tokens is bounded: a small model can otherwise fill its whole context with it.
@@ -51,11 +53,16 @@ class GrammarState:
     It begins after the reasoning: while a think block is open everything is allowed but the end of the turn, which would leave
     the constraint unmet; the model may open one as its first token if ``thinking`` is ``may_open``; and one blank line may
     stand between ``</think>`` and the constrained text, as Qwen's models write it.
+
+    With a large vocabulary the next mask is computed on a thread of its own while the model computes the logits it is for: the
+    sequences beside this one do not wait for it.
     """
 
     def __init__(self, matcher: Any, compiler: GrammarCompiler, thinking: Thinking) -> None:
         self._matcher = matcher
         self._thinking: Thinking = thinking
+        self._ahead: Future[npt.NDArray[np.int32]] | None = None  # the matcher is the other thread's until this is done
+        self._finished = False
         self._compiler = compiler
         self._phase: Literal["first", "thinking", "gap", "grammar", "ended"] = "grammar"
         if compiler.close_think is not None:
@@ -66,7 +73,9 @@ class GrammarState:
 
     def copy(self) -> GrammarState:
         """The same constraint for another answer. Only of a state that has not advanced yet."""
-        return GrammarState(self._matcher.deep_copy(), self._compiler, self._thinking)
+        state = GrammarState(self._matcher.deep_copy(), self._compiler, self._thinking)
+        state._begin_mask()
+        return state
 
     def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
         """Writes the allowed tokens into ``mask``, int32 [(tokenizer.vocab_size + 31) // 32], bit i % 32 of word i // 32."""
@@ -75,8 +84,7 @@ class GrammarState:
             for token_id in self._compiler.eos_token_ids:
                 mask.view(np.uint32)[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
             return
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        self._check()
+        mask[:] = self._mask()
         extra = {"first": self._compiler.open_think, "gap": self._compiler.blank_line}.get(self._phase)
         if extra is not None:
             mask.view(np.uint32)[extra // 32] |= np.uint32(1 << extra % 32)
@@ -103,12 +111,30 @@ class GrammarState:
             self._phase = "grammar"
         elif self._phase != "ended":
             self._phase = "ended" if token_id in self._compiler.eos_token_ids else "grammar"
+            if self._ahead is not None:
+                self._ahead.result()
+                self._ahead = None
             if not self._matcher.consume_token(token_id):
                 self._check()
+            self._finished = self._phase == "ended" or bool(self._matcher.is_stopped())
+            self._begin_mask()
 
     def is_finished(self) -> bool:
         """Whether the constrained text is complete and can only be ended."""
-        return self._phase == "ended" or (self._phase != "thinking" and bool(self._matcher.is_stopped()))
+        return self._finished
+
+    def _begin_mask(self) -> None:
+        if self._compiler.vocab_size >= _LARGE_VOCABULARY:
+            self._ahead = self._compiler.mask_thread.submit(self._compute_mask)
+
+    def _mask(self) -> npt.NDArray[np.int32]:
+        return self._compute_mask() if self._ahead is None else self._ahead.result()
+
+    def _compute_mask(self) -> npt.NDArray[np.int32]:
+        mask = self._compiler.new_mask()
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
+        return mask
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -116,7 +142,7 @@ class GrammarState:
 
 
 class GrammarCompiler:
-    """Compiles constraints for one tokenizer. The token trie is built at the first use (a second for 150 k tokens)."""
+    """Compiles constraints for one tokenizer. The token trie is built at the first use, or by :meth:`warm`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -126,6 +152,16 @@ class GrammarCompiler:
         self.open_think = tokenizer.token_id(OPEN_THINK)
         self.close_think = tokenizer.token_id(CLOSE_THINK)
         self._matcher = lru_cache(maxsize=_CACHED_GRAMMARS)(self._build)
+
+    def warm(self) -> None:
+        """Builds the token trie (half a second for 150 k tokens, in which Python runs nothing else)."""
+        with self._lock:
+            self._ll_tokenizer  # noqa: B018
+
+    @cached_property
+    def mask_thread(self) -> ThreadPoolExecutor:
+        """Computes masks ahead. The library lets other threads run meanwhile."""
+        return ThreadPoolExecutor(1, "helexa-grammar")
 
     @cached_property
     def blank_line(self) -> int | None:

@@ -25,7 +25,12 @@ TOOLS = [
                     "deep": {"type": "object"},
                     "flag": {"type": "boolean"},
                     "maybe": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+                    "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                    "open": {"description": "any value"},
+                    "mode": {"allOf": [{"$ref": "#/$defs/Mode"}]},
+                    "size": {"$ref": "#/$defs/Size"},
                 },
+                "$defs": {"Mode": {"enum": ["a", "b"]}, "Size": {"$ref": "#/$defs/Int"}, "Int": {"type": "integer"}},
             },
         },
     },
@@ -65,6 +70,7 @@ XML_CALL = (
     '<parameter=deep>\n{"a": [1]}\n</parameter>\n<parameter=flag>\nTrue\n</parameter>\n<parameter=maybe>\nnull\n</parameter>\n'
     "</function>\n</tool_call>"
 )
+LOST_TAGS = "\n</function>\n</tool_call>"  # the end of a call whose last value has no end tag of its own
 XML_ARGUMENTS = {"text": '\n  two\nlines "q" </p <b>\n', "count": 3, "deep": {"a": [1]}, "flag": True, "maybe": None}
 
 
@@ -126,6 +132,45 @@ XML_ARGUMENTS = {"text": '\n  two\nlines "q" </p <b>\n', "count": 3, "deep": {"a
         ("<tool_call><function=f><parameter=count>4</parameter></tool_call>ok", {}, ("", "ok", [("f", {"count": 4})])),
         ("<tool_call><function=f><parameter=text>\ncut </para", {}, ("", "", [("f", {"text": "cut "})])),
         ("<tool_call><function=f></function></tool_call>", {}, ("", "", [("f", {})])),
+        (f"<tool_call>\n<function=f>\n<parameter=text>\nx{LOST_TAGS}", {}, ("", "", [("f", {"text": "x"})])),
+        (f"<tool_call>\n<function=f>\n<parameter=count>\n3{LOST_TAGS}\n", {}, ("", "", [("f", {"count": 3})])),
+        (
+            f"<tool_call>\n<function=f>\n<parameter=text>\nx{LOST_TAGS}\n{XML_CALL} so",
+            {},
+            ("", " so", [("f", {"text": "x"}), ("f", XML_ARGUMENTS)]),
+        ),
+        (
+            "<tool_call>\n<function=f>\n<parameter=text>\nx\n</tool_call>\n<tool_call>\n<function=g>\n</function>\n</tool_call>",
+            {},
+            ("", "", [("f", {"text": "x"}), ("g", {})]),
+        ),
+        (  # with its end tag the same is text
+            f"<tool_call>\n<function=f>\n<parameter=text>\nx{LOST_TAGS}\n\n</parameter>{LOST_TAGS}",
+            {},
+            ("", "", [("f", {"text": f"x{LOST_TAGS}\n"})]),
+        ),
+        *[
+            (
+                f"<tool_call><function=f><parameter={key}>\n{said}\n</parameter></function></tool_call>",
+                {},
+                ("", "", [("f", {key: value})]),
+            )
+            for key, said, value in [
+                ("note", "null", None),
+                ("note", " None ", None),
+                ("note", "nullable", "nullable"),
+                ("note", "", ""),
+                ("note", "{}", "{}"),
+                ("open", "null", "null"),
+                ("open", " words {}", " words {}"),
+                ("open", '{"a": [1]}', {"a": [1]}),
+                ("open", "[1, 'a']", [1, "a"]),
+                ("open", "[1, a]", "[1, a]"),
+                ("mode", "a", "a"),
+                ("size", "7", 7),
+                ("unheard", "7", "7"),
+            ]
+        ],
         # not calls: text, to the character
         ("<function=nope>\n<parameter=text>", {}, ("", "<function=nope>\n<parameter=text>", [])),
         ("<tool_call>hello</tool_call>", {}, ("", "<tool_call>hello</tool_call>", [])),
@@ -162,6 +207,9 @@ snippets = st.sampled_from(
     ]
     + [
         "</parameter>",
+        "<parameter=note>",
+        "<parameter=open>",
+        "null",
         "\n",
         " ",
         "{",
@@ -213,6 +261,34 @@ def test_arguments_stream_while_they_are_written():
         CallArguments(0, '{"text": "long'),
     ]
     assert parser.push(" story\n") == [CallArguments(0, " story")]
+
+
+@pytest.mark.parametrize("key", ["text", "note", "open", "mode"])
+def test_no_string_lags_behind_by_more_than_what_may_be_a_tag(key):
+    """Also where the schema allows null besides, or says nothing: the first word tells."""
+    said = 'A long story, with <b>, </p, a "quote",\nnew lines\n\nand </function>\nin it. ' * 3
+    parser = OutputParser(tools=TOOLS)
+    pieces = parser.push(f"<tool_call>\n<function=f>\n<parameter={key}>\n")
+    for i, char in enumerate(said):
+        pieces += parser.push(char)
+        [(_, so_far)] = fold(pieces)[2]
+        if (
+            not f"{said[: i + 1]}".rstrip().endswith(("<", "</", "</p", "</f", "</function>"))
+            and "</f" not in said[i - 12 : i + 1]
+        ):
+            given = json.loads(so_far + '"}')[key]
+            assert said.startswith(given) and i + 1 - len(given) <= 1, (i, given)
+    pieces += parser.push("\n</parameter>\n</function>") + parser.flush()
+    assert json.loads(fold(pieces)[2][0][1]) == {key: said}
+
+
+def test_a_value_of_another_type_comes_when_it_is_complete():
+    parser = OutputParser(tools=TOOLS)
+    assert parser.push("<tool_call><function=f><parameter=count>12") == [
+        CallStart(0, "f"),
+        CallArguments(0, '{"count": '),
+    ]
+    assert parser.push("3\n</parameter>") == [CallArguments(0, "123")]
 
 
 def test_content_is_held_back_only_as_long_as_needed():

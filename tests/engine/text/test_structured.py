@@ -9,7 +9,7 @@ import pytest
 
 from helexa_engine.errors import InvalidRequest
 from helexa_engine.sampling_params import StructuredOutput
-from helexa_engine.text.structured import GrammarCompiler
+from helexa_engine.text.structured import GrammarCompiler, GrammarFailed
 
 SCHEMA = {
     "type": "object",
@@ -174,6 +174,109 @@ def test_forced_tool_calls(compiler, tokenizer, syntax):
         assert not accepts(make(), tokenizer, text, special=True), text
 
 
+def wrap(*calls):
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+@pytest.mark.parametrize("syntax", ["json", "xml"])
+def test_one_call_and_no_more(compiler, tokenizer, syntax):
+    call = wrap(
+        '{"name": "clock", "arguments": {"zone": "utc"}}'
+        if syntax == "json"
+        else "<function=clock>\n<parameter=zone>\nutc\n</parameter>\n</function>"
+    )
+
+    def make(several):
+        return compiler.compile_tool_calls([CLOCK], syntax=syntax, several=several)
+
+    for several in (True, False):
+        assert accepts(make(several), tokenizer, call, special=True)
+    assert accepts(make(True), tokenizer, f"{call}\n{call}", special=True)
+    assert not accepts(make(False), tokenizer, f"{call}\n{call}", special=True)
+
+
+@pytest.mark.parametrize("syntax", ["json", "xml"])
+def test_json_or_a_call(compiler, tokenizer, syntax):
+    """What is asked for when there are tools and a format: the answer is in the format, unless a tool is called."""
+    call = wrap(
+        '{"name": "clock", "arguments": {"zone": "utc"}}'
+        if syntax == "json"
+        else "<function=clock>\n<parameter=zone>\nutc\n</parameter>\n</function>"
+    )
+
+    def make(spec):
+        return compiler.compile_tool_calls([CLOCK], syntax=syntax, answer=spec)
+
+    spec = StructuredOutput(json_schema=SCHEMA)
+    for text in ('{"city": "Paris", "days": 3}', call):
+        assert accepts(make(spec), tokenizer, text, special=True), text
+    for text in ('{"city": "Paris"}', "words", f'{{"city": "Paris", "days": 3}}{call}'):
+        assert not accepts(make(spec), tokenizer, text, special=True), text
+    assert accepts(make(StructuredOutput(json_object=True)), tokenizer, '{"any": []}')
+    with pytest.raises(InvalidRequest, match=r'response_format.schema: .*"not"'):
+        make(StructuredOutput(json_schema={"not": {}}, path="response_format.schema"))
+
+
+def test_values_of_tags_follow_references_and_lists(compiler, tokenizer):
+    """The words an enum lists, JSON where no string is possible, and free text where one is."""
+    parameters = {
+        "type": "object",
+        "definitions": {
+            "Mode": {"enum": ["slow", "fast"]},
+            "Box": {"$ref": "#/definitions/Size"},
+            "Size": {"type": "integer"},
+        },
+        "properties": {
+            "mode": {"$ref": "#/definitions/Mode"},
+            "box": {"$ref": "#/definitions/Box"},
+            "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "any": {},
+        },
+        "required": ["mode", "box"],
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+    def call(**values):
+        return wrap(
+            "".join(
+                ["<function=f>\n", *(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items()), "</function>"]
+            )
+        )
+
+    def ok(text):
+        return accepts(compiler.compile_tool_calls([tool], syntax="xml"), tokenizer, text, special=True)
+
+    assert ok(call(mode="slow", box="3")) and ok(call(mode="fast", box="3", note="a <b>\nc", any="[1"))
+    assert not ok(call(mode="slower", box="3")) and not ok(call(mode="slow", box="three")) and not ok(call(mode="slow"))
+
+
+def test_the_turn_does_not_end_inside_the_thinking(compiler, tokenizer):
+    state = compiler.compile(StructuredOutput(json_object=True), "open")
+    mask = allowed(state, tokenizer.vocab_size)
+    assert not mask[list(tokenizer.eos_token_ids)].any() and mask.sum() == tokenizer.vocab_size - len(
+        tokenizer.eos_token_ids
+    )
+    bits = compiler.new_mask()
+    state.fill_mask(bits)
+    assert [bool(bits[i // 32] >> (i % 32) & 1) for i in range(tokenizer.vocab_size)] == list(mask)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_copies_and_masks_ahead(compiler, tokenizer, monkeypatch, large):
+    """Computed beside the model or when it is needed, the masks are the same, and a fault reaches who asks for one."""
+    monkeypatch.setattr("helexa_engine.text.structured._LARGE_VOCABULARY", 0 if large else 10**9)
+    first = compiler.compile(StructuredOutput(json_schema=SCHEMA), "may_open")
+    for text in ('{"city": "Paris", "days": 3}', '<think>free</think>\n\n{"city": "世界", "days": 1}'):
+        state = first.copy()
+        assert (state._ahead is not None) == large
+        assert accepts(state, tokenizer, text, special=True) and state.is_finished()
+    assert not first.is_finished()
+    state = first.copy()
+    with pytest.raises(GrammarFailed):
+        state.accept(tokenizer.encode("x")[0])
+        state.apply(np.zeros(tokenizer.vocab_size, np.float32))
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -184,6 +287,10 @@ def test_forced_tool_calls(compiler, tokenizer, syntax):
         ({"json_schema": "3"}, "JSON Schema object"),
         ({"json_schema": {"type": "string", "pattern": "("}}, "structured.json_schema"),
         ({"json_schema": {"$ref": "#/$defs/missing"}}, "structured.json_schema"),
+        ({"json_schema": {"type": "array", "contains": {}, "minContains": 1}}, '"contains", "minContains"'),
+        ({"json_schema": {"type": "string", "format": "haiku"}}, "haiku"),
+        ({"json_schema": {"not": {}}, "path": "response_format.schema"}, r"^response_format.schema: "),
+        ({"regex": "(", "path": "guided"}, r"^guided: "),
         ({"regex": "a(b"}, r"structured.regex: .*unclosed group"),
         ({"grammar": "start: nope"}, r"structured.grammar"),
         ({"grammar": "start: ("}, r"structured.grammar"),
