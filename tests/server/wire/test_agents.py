@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,12 +19,17 @@ from helexa_engine.text.chat_template import ChatTemplate
 from helexa_engine.text.messages import fit, read_turns
 from helexa_engine.text.request_processor import RequestProcessor
 from helexa_engine.text.tokenizer import Tokenizer
+from helexa_server.wire import anthropic_messages, openai_chat, openai_responses
 from tests.engine.text.conftest import ship
 
 AGENTS = sorted(Path(__file__).with_name("agents").glob("*.json"))
 TEMPLATES = sorted((Path(__file__).parents[2] / "engine" / "text" / "templates").glob("*.jinja"))
-#: The list that a wire format carries its conversation in.
-LISTS = {"openai_chat": "messages", "anthropic_messages": "messages", "openai_responses": "input"}
+#: Each wire format with the list that it carries its conversation in.
+WIRES: dict[str, tuple[ModuleType, str]] = {
+    "openai_chat": (openai_chat, "messages"),
+    "anthropic_messages": (anthropic_messages, "messages"),
+    "openai_responses": (openai_responses, "input"),
+}
 HOSTED = {"claude_code": 1, "codex": 1}  # tools that only their vendor can run
 
 
@@ -40,8 +46,8 @@ def processor(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> RequestPr
 def requests_of(path: Path) -> list[GenerateRequest]:
     """The requests of a conversation, as its wire format reads them."""
     agent = json.loads(path.read_text("utf-8"))
-    wire = pytest.importorskip(f"helexa_server.wire.{agent['wire']}")
-    body, where = dict(agent["body"]), LISTS[agent["wire"]]
+    wire, where = WIRES[agent["wire"]]
+    body = dict(agent["body"])
     body[where] = []
     parsed = []
     for request in agent["requests"]:
