@@ -25,7 +25,7 @@ from helexa_engine.ops.gated_delta_rule import native
 from helexa_engine.ops.registry import require_native
 
 HEAD_DIM = 128  # of keys and values in every released model
-TOO_SHORT = 15  # tokens that never make a chunk: csrc/cpu/gated_delta_rule.h
+TOO_SHORT = 15  # tokens that do not make a chunk: csrc/cpu/gated_delta_rule.h
 COPIES = 3  # of the prompt
 _native = require_native()
 

@@ -46,7 +46,7 @@ void gated_delta_rule(const GatedDeltaRule& args) {
   std::vector<DeltaTile> tiles;
   for (int64_t i = 0; i < sequences.num_sequences; ++i) {
     const int64_t length = sequences.end(i) - sequences.begin(i);
-    const int count = share && length >= kDeltaChunkFrom ? group : 1;
+    const int count = share && length >= kDeltaChunk ? group : 1;
     for (int head = 0; head < args.num_k_heads && length; ++head) {
       for (int first = 0; first < group; first += count) tiles.push_back({i, head, first, count});
     }

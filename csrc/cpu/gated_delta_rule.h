@@ -7,8 +7,7 @@
 
 namespace helexa {
 
-constexpr int kDeltaChunk = 32;      // tokens of a chunk; chunks begin at the sequence's first token of the call
-constexpr int kDeltaChunkFrom = 16;  // a chunk with fewer tokens goes token by token
+constexpr int kDeltaChunk = 16;  // tokens, from the sequence's first of the call on; what is left goes token by token
 constexpr int kMaxDeltaHeadDim = 256;
 
 // Names, shapes and meaning as in ops/gated_delta_rule; rows of the activations lie *_stride apart.

@@ -8,10 +8,10 @@
 
 inline int min_int(int a, int b) { return a < b ? a : b; }
 
-// Tokens [first, first + length) of one value head.
+// kDeltaChunk tokens of one value head.
 struct HeadChunk {
   int64_t first;
-  int length, key_head, value_head;
+  int key_head, value_head;
 };
 
 struct Gates {
@@ -41,15 +41,10 @@ inline void l2_normalize(const float* x, int n, double factor, float* out) {
   for (int d = 0; d < n; d += Vec::kWidth) (Vec::load(x + d) * scale).store(out + d);
 }
 
-// 1 / sqrt(mean square + eps) of a row of head_v_dim outputs, from the sum of its squares.
-inline Vec inverse_root_mean_square(const GatedDeltaRule& p, Vec sum_of_squares) {
-  const Vec mean = sum_of_squares * Vec::broadcast(1.0f / float(p.head_v_dim)) + Vec::broadcast(float(p.eps));
-  return Vec::broadcast(1.0f) / square_root(mean);
-}
-
-// out = o * inverse * norm_weight * SiLU(z) for one head of one token.
-inline void gated_norm(const GatedDeltaRule& p, const float* o, Vec inverse, int64_t token, int head) {
+// out = RMSNorm(o) * norm_weight * SiLU(z) for one head of one token, from the sum of the squares of o.
+inline void gated_norm(const GatedDeltaRule& p, const float* o, float sum_of_squares, int64_t token, int head) {
   const int n = p.head_v_dim;
+  const Vec inverse = Vec::broadcast(float(1.0 / __builtin_sqrt(double(sum_of_squares) / n + p.eps)));
   const float* z = p.z + token * p.z_stride + int64_t(head) * n;
   float* out = p.out + (token * p.num_v_heads + head) * n;
   for (int d = 0; d < n; d += Vec::kWidth) {
@@ -114,26 +109,23 @@ void step_columns(float* state, int64_t stride, int head_k_dim, const float* q, 
   for (int c = 0; c < kN; ++c) total[c].store(o + c * Vec::kWidth);
 }
 
-void step(const GatedDeltaRule& p, const HeadChunk& chunk, float* state) {
+void step(const GatedDeltaRule& p, int64_t token, int key_head, int value_head, float* state) {
   const int dk = p.head_k_dim, dv = p.head_v_dim;
   alignas(64) float q[kMaxDeltaHeadDim], k[kMaxDeltaHeadDim], o[kMaxDeltaHeadDim];
-  for (int i = 0; i < chunk.length; ++i) {
-    const int64_t token = chunk.first + i;
-    const float* row = p.qkv + token * p.qkv_stride;
-    const float* v = row + 2 * int64_t(p.num_k_heads) * dk + int64_t(chunk.value_head) * dv;
-    l2_normalize(row + int64_t(chunk.key_head) * dk, dk, 1.0 / __builtin_sqrt(double(dk)), q);
-    l2_normalize(row + int64_t(p.num_k_heads + chunk.key_head) * dk, dk, 1.0, k);
-    const Gates gates = gates_of(p, token, chunk.value_head);
-    const float decay = float(__builtin_exp(gates.g));
-    constexpr int kN = Vec::kStepVectors;
-    int c = 0;
-    for (; c + kN * Vec::kWidth <= dv; c += kN * Vec::kWidth)
-      step_columns<kN>(state + c, dv, dk, q, k, v + c, decay, gates.beta, o + c);
-    for (; c < dv; c += Vec::kWidth) step_columns<1>(state + c, dv, dk, q, k, v + c, decay, gates.beta, o + c);
-    Vec squares = Vec::broadcast(0.0f);
-    for (int d = 0; d < dv; d += Vec::kWidth) squares = multiply_add(Vec::load(o + d), Vec::load(o + d), squares);
-    gated_norm(p, o, inverse_root_mean_square(p, Vec::broadcast(reduce_add(squares))), token, chunk.value_head);
-  }
+  const float* row = p.qkv + token * p.qkv_stride;
+  const float* v = row + 2 * int64_t(p.num_k_heads) * dk + int64_t(value_head) * dv;
+  l2_normalize(row + int64_t(key_head) * dk, dk, 1.0 / __builtin_sqrt(double(dk)), q);
+  l2_normalize(row + int64_t(p.num_k_heads + key_head) * dk, dk, 1.0, k);
+  const Gates gates = gates_of(p, token, value_head);
+  const float decay = float(__builtin_exp(gates.g));
+  constexpr int kN = Vec::kStepVectors;
+  int c = 0;
+  for (; c + kN * Vec::kWidth <= dv; c += kN * Vec::kWidth)
+    step_columns<kN>(state + c, dv, dk, q, k, v + c, decay, gates.beta, o + c);
+  for (; c < dv; c += Vec::kWidth) step_columns<1>(state + c, dv, dk, q, k, v + c, decay, gates.beta, o + c);
+  Vec squares = Vec::broadcast(0.0f);
+  for (int d = 0; d < dv; d += Vec::kWidth) squares = multiply_add(Vec::load(o + d), Vec::load(o + d), squares);
+  gated_norm(p, o, reduce_add(squares), token, value_head);
 }
 
 // --- A chunk of tokens ---------------------------------------------------------------------------------------------
@@ -144,10 +136,10 @@ void step(const GatedDeltaRule& p, const HeadChunk& chunk, float* state) {
 
 constexpr int kTile = Vec::kTileRows;
 
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+static_assert(kDeltaChunk % kTile == 0 && kDeltaChunk % Vec::kWidth == 0 && kDeltaChunk <= 2 * Vec::kWidth);
 
 struct ChunkScratch {
-  float *q, *k;                 // [kDeltaChunk, head_k_dim], normalised; zero from the chunk's length to the tile's end
+  float *q, *k;                 // [kDeltaChunk, head_k_dim], normalised
   float* k_transposed;          // [head_k_dim, kDeltaChunk]
   float *qk, *kk;               // [kDeltaChunk, kDeltaChunk], right for j <= i
   float *p, *minus_a;           // [kDeltaChunk, kDeltaChunk]
@@ -244,18 +236,15 @@ inline Vec sum_rows(const float* rows) {
   return Vec::load(columns);
 }
 
-// kWidth rows of l2_normalize at once, the first `count` of them from x, the others zero.
-inline void l2_normalize_rows(const float* x, int64_t stride, int count, int n, double factor, float* out) {
+// kWidth rows of l2_normalize at once.
+inline void l2_normalize_rows(const float* x, int64_t stride, int n, double factor, float* out) {
   alignas(64) float squares[Vec::kWidth * Vec::kWidth], scales[Vec::kWidth];
-  const Vec zero = Vec::broadcast(0.0f);
   for (int r = 0; r < Vec::kWidth; ++r) {
-    Vec sum[2] = {zero, zero};
-    for (int d = 0; d < n && r < count; d += 2 * Vec::kWidth) {
-      const Vec a = Vec::load(x + r * stride + d);
-      sum[0] = multiply_add(a, a, sum[0]);
-      if (d + Vec::kWidth == n) break;
-      const Vec b = Vec::load(x + r * stride + d + Vec::kWidth);
-      sum[1] = multiply_add(b, b, sum[1]);
+    Vec sum[2] = {Vec::broadcast(0.0f), Vec::broadcast(0.0f)};
+    for (int d = 0; d < n; d += Vec::kWidth) {
+      const Vec v = Vec::load(x + r * stride + d);
+      Vec& part = sum[d / Vec::kWidth % 2];
+      part = multiply_add(v, v, part);
     }
     (sum[0] + sum[1]).store(squares + r * Vec::kWidth);
   }
@@ -263,75 +252,58 @@ inline void l2_normalize_rows(const float* x, int64_t stride, int count, int n, 
   for (float& scale : scales) scale = float(factor / __builtin_sqrt(double(scale) + 1e-6));
   for (int r = 0; r < Vec::kWidth; ++r) {
     const Vec scale = Vec::broadcast(scales[r]);
-    for (int d = 0; d < n; d += Vec::kWidth)
-      (r < count ? Vec::load(x + r * stride + d) * scale : zero).store(out + r * n + d);
+    for (int d = 0; d < n; d += Vec::kWidth) (Vec::load(x + r * stride + d) * scale).store(out + r * n + d);
   }
 }
 
 // What the value heads of one key head share: normalised queries and keys, and their products on and below the
 // diagonal.
 void prepare_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkScratch& s) {
-  const int dk = p.head_k_dim, length = chunk.length;
-  const int padded = round_up(length, Vec::kWidth > kTile ? Vec::kWidth : kTile);
+  const int dk = p.head_k_dim;
   const float* q = p.qkv + chunk.first * p.qkv_stride + int64_t(chunk.key_head) * dk;
   const float* k = q + int64_t(p.num_k_heads) * dk;
-  const double scale = 1.0 / __builtin_sqrt(double(dk));
-  for (int i = 0; i < padded; i += Vec::kWidth) {
-    const int count = min_int(Vec::kWidth, length - i);
-    l2_normalize_rows(q + i * p.qkv_stride, p.qkv_stride, count, dk, scale, s.q + i * dk);
-    l2_normalize_rows(k + i * p.qkv_stride, p.qkv_stride, count, dk, 1.0, s.k + i * dk);
-  }
-  for (int i = 0; i < padded; i += Vec::kWidth) {
+  for (int i = 0; i < kDeltaChunk; i += Vec::kWidth) {
+    l2_normalize_rows(q + i * p.qkv_stride, p.qkv_stride, dk, 1.0 / __builtin_sqrt(double(dk)), s.q + i * dk);
+    l2_normalize_rows(k + i * p.qkv_stride, p.qkv_stride, dk, 1.0, s.k + i * dk);
     for (int d = 0; d < dk; d += Vec::kWidth)
-      Vec::transpose(s.k + int64_t(i) * dk + d, dk, s.k_transposed + d * kDeltaChunk + i, kDeltaChunk);
+      Vec::transpose(s.k + i * dk + d, dk, s.k_transposed + d * kDeltaChunk + i, kDeltaChunk);
   }
-  for (int i = 0; i < length; i += kTile) {
-    for (int j = 0; j < i + kTile;) {
-      const float* keys = s.k_transposed + j;
-      float *kk = s.kk + i * kDeltaChunk + j, *qk = s.qk + i * kDeltaChunk + j;
-      if (j + Vec::kWidth < i + kTile) {
-        multiply_tile<2>(s.k + i * dk, dk, keys, kDeltaChunk, dk, kk, kDeltaChunk);
-        multiply_tile<2>(s.q + i * dk, dk, keys, kDeltaChunk, dk, qk, kDeltaChunk);
-        j += 2 * Vec::kWidth;
-      } else {
-        multiply_tile<1>(s.k + i * dk, dk, keys, kDeltaChunk, dk, kk, kDeltaChunk);
-        multiply_tile<1>(s.q + i * dk, dk, keys, kDeltaChunk, dk, qk, kDeltaChunk);
-        j += Vec::kWidth;
-      }
+  for (int i = 0; i < kDeltaChunk; i += kTile) {
+    float *kk = s.kk + i * kDeltaChunk, *qk = s.qk + i * kDeltaChunk;
+    if (i + kTile <= Vec::kWidth) {
+      multiply_tile<1>(s.k + i * dk, dk, s.k_transposed, kDeltaChunk, dk, kk, kDeltaChunk);
+      multiply_tile<1>(s.q + i * dk, dk, s.k_transposed, kDeltaChunk, dk, qk, kDeltaChunk);
+    } else {
+      multiply_tile<2>(s.k + i * dk, dk, s.k_transposed, kDeltaChunk, dk, kk, kDeltaChunk);
+      multiply_tile<2>(s.q + i * dk, dk, s.k_transposed, kDeltaChunk, dk, qk, kDeltaChunk);
     }
   }
 }
 
-// Per token of a chunk; beyond its length nothing decays and nothing is learned.
 struct ChunkGates {
   alignas(64) float from_start[kDeltaChunk], to_end[kDeltaChunk], beta[kDeltaChunk];  // exp(G), exp(G_C - G)
-  float whole;                                                                        // exp(G_C)
 };
 
 // The gates, and P and -A from them.
 void decay_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkScratch& s, ChunkGates& gates) {
-  const int length = chunk.length;
   // A running sum is kept as a float and what the float lacks, so that differences are as exact as of doubles.
   alignas(64) float sum_high[kDeltaChunk], sum_low[kDeltaChunk];
   double sum = 0;
-  for (int i = 0; i < length; ++i) {
+  for (int i = 0; i < kDeltaChunk; ++i) {
     const Gates token = gates_of(p, chunk.first + i, chunk.value_head);
     sum += token.g;
     sum_high[i] = float(sum), sum_low[i] = float(sum - double(sum_high[i]));
     gates.beta[i] = token.beta;
   }
-  for (int i = length; i < kDeltaChunk; ++i) {
-    sum_high[i] = sum_high[length - 1], sum_low[i] = sum_low[length - 1], gates.beta[i] = 0.0f;
-  }
-  const Vec total_high = Vec::broadcast(sum_high[length - 1]), total_low = Vec::broadcast(sum_low[length - 1]);
+  const Vec total_high = Vec::broadcast(sum_high[kDeltaChunk - 1]),
+            total_low = Vec::broadcast(sum_low[kDeltaChunk - 1]);
   for (int i = 0; i < kDeltaChunk; i += Vec::kWidth) {
     const Vec high = Vec::load(sum_high + i), low = Vec::load(sum_low + i);
     exp_of_negative(high).store(gates.from_start + i);
     exp_of_negative((total_high - high) + (total_low - low)).store(gates.to_end + i);
   }
-  gates.whole = gates.from_start[length - 1];
   const Vec never = Vec::broadcast(-__builtin_inff()), zero = Vec::broadcast(0.0f);
-  for (int i = 0; i < round_up(length, kTile); ++i) {
+  for (int i = 0; i < kDeltaChunk; ++i) {
     const Vec high = Vec::broadcast(sum_high[i]), low = Vec::broadcast(sum_low[i]), b = Vec::broadcast(-gates.beta[i]);
     const int end = i / kTile * kTile + kTile;  // what the products read of this row
     for (int j = 0; j < end; j += Vec::kWidth) {
@@ -344,40 +316,48 @@ void decay_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkScr
   }
 }
 
-// The rows of a token lie a page or more apart, where no hardware prefetcher follows: while one chunk is computed, what
-// the next one reads and what this one writes is asked for bit by bit.
-struct Ahead {
-  const float* parts[5];  // of the first token
-  int64_t strides[5];
-  int widths[5];
-  int count, part = 0;
-  int64_t token = 0, tokens;
+// Rows lie a page or more apart, where no hardware prefetcher follows: while one chunk is at work, what the next one
+// reads and writes is asked for piece by piece.
+class Ahead {
+ public:
+  // kDeltaChunk rows of n floats.
+  void add(const float* first, int64_t stride, int n) { parts_[count_++] = {first, stride, n}; }
 
+  // Asks for a row of one part.
   void next() {
-    if (token >= tokens) return;
-    const float* from = parts[part] + token * strides[part];
-    for (int i = 0; i < widths[part]; i += 16) __builtin_prefetch(from + i, 0, 2);
-    if (++part == count) part = 0, ++token;
+    if (part_ == count_) return;
+    const Part& part = parts_[part_];
+    for (int i = 0; i < part.n; i += 16) __builtin_prefetch(part.first + row_ * part.stride + i, 0, 2);
+    if (++row_ == kDeltaChunk) row_ = 0, ++part_;
   }
+
+ private:
+  struct Part {
+    const float* first;
+    int64_t stride;
+    int n;
+  };
+  Part parts_[5];
+  int count_ = 0, part_ = 0, row_ = 0;
 };
 
 // One panel of one value head: kC vectors of columns from `column` on. `v` are the chunk's values there, rows
 // p.qkv_stride apart; `state` the panel.
 template <int kC>
-void advance_panel(const GatedDeltaRule& p, const ChunkScratch& s, const ChunkGates& gates, int length, const float* v,
-                   int column, float* state, Ahead& ahead) {
+void advance_panel(const GatedDeltaRule& p, const ChunkScratch& s, const ChunkGates& gates, const float* v, int column,
+                   float* state, Ahead& ahead) {
   constexpr int kPanel = kC * Vec::kWidth;
-  const int dk = p.head_k_dim, dv = p.head_v_dim, padded = round_up(length, kTile);
+  const int dk = p.head_k_dim, dv = p.head_v_dim;
   Tile<kC> tile;
   // Products with the state wait here for the sums over the chunk's tokens: terms that are added to something larger
   // one by one would each be rounded as it is.
   alignas(64) float held[kTile * kPanel];
-  for (int i = 0; i < length; i += kTile) {
+  for (int i = 0; i < kDeltaChunk; i += kTile) {
     ahead.next();
     tile.dot_product(s.k + i * dk, dk, state, kPanel, dk);
     tile.each([&](int r, int c, Vec& x) {
       const Vec decay = Vec::broadcast(gates.from_start[i + r]), b = Vec::broadcast(gates.beta[i + r]);
-      const float* value = v + min_int(i + r, length - 1) * p.qkv_stride + c * Vec::kWidth;
+      const float* value = v + (i + r) * p.qkv_stride + c * Vec::kWidth;
       (b * (Vec::load(value) - decay * x)).store(held + r * kPanel + c * Vec::kWidth);
     });
     ahead.next();
@@ -402,7 +382,7 @@ void advance_panel(const GatedDeltaRule& p, const ChunkScratch& s, const ChunkGa
       }
     }
   }
-  for (int i = 0; i < length; i += kTile) {
+  for (int i = 0; i < kDeltaChunk; i += kTile) {
     ahead.next();
     tile.dot_product(s.q + i * dk, dk, state, kPanel, dk);
     tile.each([&](int r, int c, Vec& x) { x.store(held + r * kPanel + c * Vec::kWidth); });
@@ -423,10 +403,10 @@ void advance_panel(const GatedDeltaRule& p, const ChunkScratch& s, const ChunkGa
       sum.store(squares);
     }
   }
-  const Vec whole = Vec::broadcast(gates.whole);
+  const Vec whole = Vec::broadcast(gates.from_start[kDeltaChunk - 1]);
   for (int d = 0; d < dk; d += kTile) {
     ahead.next();
-    tile.dot_product(s.k_transposed + d * kDeltaChunk, kDeltaChunk, s.decayed, kPanel, padded);
+    tile.dot_product(s.k_transposed + d * kDeltaChunk, kDeltaChunk, s.decayed, kPanel, kDeltaChunk);
     for (int r = 0; r < kTile; ++r) {
       for (int c = 0; c < kC; ++c) {
         float* place = state + int64_t(d + r) * kPanel + c * Vec::kWidth;
@@ -444,25 +424,26 @@ void advance_chunk(const GatedDeltaRule& p, const HeadChunk& chunk, const ChunkS
       p.qkv + chunk.first * p.qkv_stride + 2 * int64_t(p.num_k_heads) * dk + int64_t(chunk.value_head) * dv;
   int c = 0;
   for (; c + 2 * Vec::kWidth <= dv; c += 2 * Vec::kWidth) {
-    advance_panel<2>(p, s, gates, chunk.length, v + c, c, state + int64_t(c) * dk, ahead);
+    advance_panel<2>(p, s, gates, v + c, c, state + int64_t(c) * dk, ahead);
   }
-  if (c < dv) advance_panel<1>(p, s, gates, chunk.length, v + c, c, state + int64_t(c) * dk, ahead);
-  for (int i = 0; i < chunk.length; i += Vec::kWidth) {
-    alignas(64) float inverse[Vec::kWidth];
-    inverse_root_mean_square(p, sum_rows(s.squares + i * Vec::kWidth)).store(inverse);
-    for (int r = 0; r < Vec::kWidth && i + r < chunk.length; ++r)
-      gated_norm(p, s.o + (i + r) * dv, Vec::broadcast(inverse[r]), chunk.first + i + r, chunk.value_head);
+  if (c < dv) advance_panel<1>(p, s, gates, v + c, c, state + int64_t(c) * dk, ahead);
+  for (int i = 0; i < kDeltaChunk; i += Vec::kWidth) {
+    alignas(64) float sums[Vec::kWidth];
+    sum_rows(s.squares + i * Vec::kWidth).store(sums);
+    for (int r = 0; r < Vec::kWidth; ++r)
+      gated_norm(p, s.o + (i + r) * dv, sums[r], chunk.first + i + r, chunk.value_head);
   }
 }
 
 // A state [head_k_dim, head_v_dim] to or from its panels.
-inline void copy_panels(float* rows, float* panels, int head_k_dim, int head_v_dim, bool to_panels) {
+template <bool kToPanels>
+void copy_panels(float* rows, float* panels, int head_k_dim, int head_v_dim) {
   for (int c = 0; c < head_v_dim;) {
     const int width = min_int(2 * Vec::kWidth, head_v_dim - c);
     for (int d = 0; d < head_k_dim; ++d, panels += width) {
       for (int i = 0; i < width; i += Vec::kWidth) {
         float* row = rows + int64_t(d) * head_v_dim + c + i;
-        to_panels ? Vec::load(row).store(panels + i) : Vec::load(panels + i).store(row);
+        kToPanels ? Vec::load(row).store(panels + i) : Vec::load(panels + i).store(row);
       }
     }
     c += width;
@@ -470,48 +451,39 @@ inline void copy_panels(float* rows, float* panels, int head_k_dim, int head_v_d
 }
 
 void run(const GatedDeltaRule& p, const DeltaTile& tile, float* scratch) {
-  const ChunkScratch s = divide(scratch, p.head_k_dim, p.head_v_dim);
-  const int group = p.num_v_heads / p.num_k_heads;
-  const int64_t state_size = int64_t(p.head_k_dim) * p.head_v_dim;
+  const int dk = p.head_k_dim, dv = p.head_v_dim, group = p.num_v_heads / p.num_k_heads;
+  const ChunkScratch s = divide(scratch, dk, dv);
+  const int64_t state_size = int64_t(dk) * dv;
   float* states = p.state + p.sequences.slot(tile.sequence) * p.num_v_heads * state_size;
   const int64_t begin = p.sequences.begin(tile.sequence), end = p.sequences.end(tile.sequence);
-  const int64_t rest = (end - begin) % kDeltaChunk;
-  const int64_t chunks_end = rest < kDeltaChunkFrom ? end - rest : end;
+  const int64_t chunks_end = end - (end - begin) % kDeltaChunk;
   const auto value_head = [&](int i) {
-    return p.tiled ? tile.key_head + i * p.num_k_heads : tile.key_head * group + i;
+    return p.tiled ? tile.key_head + (tile.first + i) * p.num_k_heads : tile.key_head * group + tile.first + i;
   };
-  const auto copy_states = [&](bool to_panels) {
-    for (int i = 0; i < tile.count; ++i) {
-      copy_panels(states + value_head(tile.first + i) * state_size, s.states + i * state_size, p.head_k_dim,
-                  p.head_v_dim, to_panels);
-    }
-  };
-  if (begin < chunks_end) copy_states(true);
+  for (int i = 0; i < tile.count && begin < chunks_end; ++i)
+    copy_panels<true>(states + value_head(i) * state_size, s.states + i * state_size, dk, dv);
   for (int64_t first = begin; first < chunks_end; first += kDeltaChunk) {
-    const int length = chunks_end - first < kDeltaChunk ? int(chunks_end - first) : kDeltaChunk;
-    HeadChunk chunk = {first, length, tile.key_head, 0};
-    prepare_chunk(p, chunk, s);
     for (int i = 0; i < tile.count; ++i) {
-      chunk.value_head = value_head(tile.first + i);
-      const int64_t next = first + kDeltaChunk, last = next + kDeltaChunk;
-      const int dk = p.head_k_dim, dv = p.head_v_dim;
-      const float* row = p.qkv + next * p.qkv_stride;
-      Ahead ahead = {{row + 2 * int64_t(p.num_k_heads) * dk + int64_t(chunk.value_head) * dv,
-                      p.z + next * p.z_stride + int64_t(chunk.value_head) * dv,
-                      p.out + (first * p.num_v_heads + chunk.value_head) * dv, row + int64_t(chunk.key_head) * dk,
-                      row + int64_t(p.num_k_heads + chunk.key_head) * dk},
-                     {p.qkv_stride, p.z_stride, p.num_v_heads * dv, p.qkv_stride, p.qkv_stride},
-                     {dv, dv, dv, dk, dk},
-                     i ? 3 : 5,
-                     0,
-                     0,
-                     (last < chunks_end ? last : chunks_end) - next};
+      const HeadChunk chunk = {first, tile.key_head, value_head(i)};
+      if (i == 0) prepare_chunk(p, chunk, s);
+      const int64_t next = first + kDeltaChunk, value = int64_t(chunk.value_head) * dv;
+      Ahead ahead;
+      if (next < chunks_end) {
+        const float* row = p.qkv + next * p.qkv_stride;
+        if (i == 0) {
+          ahead.add(row + int64_t(chunk.key_head) * dk, p.qkv_stride, dk);
+          ahead.add(row + int64_t(p.num_k_heads + chunk.key_head) * dk, p.qkv_stride, dk);
+        }
+        ahead.add(row + 2 * int64_t(p.num_k_heads) * dk + value, p.qkv_stride, dv);
+        ahead.add(p.z + next * p.z_stride + value, p.z_stride, dv);
+        ahead.add(p.out + next * p.num_v_heads * dv + value, int64_t(p.num_v_heads) * dv, dv);
+      }
       advance_chunk(p, chunk, s, s.states + i * state_size, ahead);
     }
   }
-  if (begin < chunks_end) copy_states(false);
-  for (int i = 0; i < tile.count && chunks_end < end; ++i) {
-    const int head = value_head(tile.first + i);
-    step(p, {chunks_end, int(end - chunks_end), tile.key_head, head}, states + head * state_size);
+  for (int i = 0; i < tile.count; ++i) {
+    float* state = states + value_head(i) * state_size;
+    if (begin < chunks_end) copy_panels<false>(state, s.states + i * state_size, dk, dv);
+    for (int64_t token = chunks_end; token < end; ++token) step(p, token, tile.key_head, value_head(i), state);
   }
 }

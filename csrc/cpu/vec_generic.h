@@ -68,9 +68,6 @@ inline Vec operator*(Vec a, Vec b) {
 inline Vec operator/(Vec a, Vec b) {
   return each([&](int i) { return a.v[i] / b.v[i]; });
 }
-inline Vec square_root(Vec a) {
-  return each([&](int i) { return __builtin_sqrtf(a.v[i]); });
-}
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }

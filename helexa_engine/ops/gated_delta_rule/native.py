@@ -30,9 +30,9 @@ def gated_delta_rule(
 ) -> torch.Tensor:
     """See :func:`helexa_engine.ops.gated_delta_rule.reference.gated_delta_rule`; head dims are multiples of 16 up to 256.
 
-    A sequence goes through in chunks of 32 tokens from its first token *of this call*; a chunk of less than 16 tokens goes
-    token by token. So a prompt that is cut, or resumed, at multiples of 32 gives the same bits as in one piece; other cuts
-    give the same to rounding. What runs beside a sequence never changes a bit of it.
+    A sequence goes through in chunks of 16 tokens from its first token *of this call*, what is left over token by token. So
+    a prompt that is cut, or resumed, at multiples of 16 gives the same bits as in one piece; other cuts give the same to
+    rounding. What runs beside a sequence never changes a bit of it.
 
     Raises:
         ValueError: a tensor of another shape or dtype, a slot out of range or used twice. Nothing is written then.
