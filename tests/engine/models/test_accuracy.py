@@ -97,11 +97,11 @@ MODELS = {
         Model("qwen3moe-a", "qwen3moe", 0, EXPERTS),
         Model("qwen3moe-b", "qwen3moe", 1, EXPERTS),
         Model("qwen3next-a", "qwen3next", 0, EXPERTS),
-        Model("qwen3next-b", "qwen3next", 1, EXPERTS),
+        Model("qwen3next-b", "qwen3next", 1, EXPERTS | {"linear_num_value_heads": 12}),
         Model("qwen35-a", "qwen35", 0, {}),
         Model("qwen35-b", "qwen35", 1, {"linear_num_value_heads": 12, "tie_word_embeddings": True}),
         Model("qwen35moe-a", "qwen35moe", 0, EXPERTS),
-        Model("qwen35moe-b", "qwen35moe", 1, EXPERTS),
+        Model("qwen35moe-b", "qwen35moe", 1, EXPERTS | {"linear_num_value_heads": 12}),
     )
 }
 DENSE_QWEN3 = [name for name, model in MODELS.items() if model.architecture == "qwen3"]
