@@ -140,6 +140,13 @@ class GGUFCheckpoint(Checkpoint):
         num_layers = self.config["num_hidden_layers"] if layer_types else 2**31
         used, scales = [], {}
         for raw in self.stored_tensors():
+            owners = gguf_names.owners(raw.name)
+            if self.architecture not in owners:
+                raise UnsupportedCheckpoint(
+                    f"only files of {' and '.join(owners)} have it, general.architecture says {self.architecture}; "
+                    "convert the model again",
+                    f"{self.path}: tensor {raw.name!r}",
+                )
             kind = gguf_names.unused_kind(raw.name, num_layers)
             if kind is not None:
                 self.unused.setdefault(kind, []).append(raw)
@@ -254,25 +261,28 @@ class FolderCheckpoint(Checkpoint):
 
     def _dequantized(self) -> Iterator[RawTensor]:
         """The folder's tensors, those of 8-bit floats with their scales as bfloat16."""
-        names = set(self._folder.names())
-        coded: dict[str, str] = {}  # matrix -> its scales
         raws = {name: self._folder.tensor(name) for name in self._folder.names()}
-        for name, raw in raws.items():
-            if raw.quant_type is not types.I8:
+        in_8_bits = [name for name, raw in raws.items() if raw.quant_type is types.I8]
+        found = {name: [name + suffix for suffix in SCALE_SUFFIXES if name + suffix in raws] for name in in_8_bits}
+        scales = {scale for some in found.values() for scale in some[:1]}
+        coded: dict[str, str] = {}  # matrix -> its scales
+        for name in in_8_bits:
+            if name in scales:
                 continue
-            scale = next((name + suffix for suffix in SCALE_SUFFIXES if name + suffix in names), None)
+            scale = next(iter(found[name]), None)
             if scale is None or self._fp8 is None:
                 missing = f"its scales ({name}_scale_inv)" if scale is None else "quantization_config in config.json"
                 raise UnsupportedCheckpoint(
                     f"8-bit floats without {missing}; download it again", f"{self.path}: tensor {name!r}"
                 )
             coded[name] = scale
-        scales = set(coded.values())
         for name, raw in raws.items():
+            if name in scales:
+                continue
             if name in coded:
                 assert self._fp8 is not None
                 yield self._fp8.dequantized(raw, raws[coded[name]], str(self.path))
-            elif name not in scales:
+            else:
                 yield raw
 
     def _release_stored(self, name: str) -> None:

@@ -1,8 +1,9 @@
 """Checkpoints whose matrices are 8-bit floats (e4m3) with scales, as Qwen publishes them: presented as bfloat16.
 
 A matrix ``NAME`` [out, in] of e4m3 has a companion: ``NAME_scale_inv`` [ceil(out / b0), ceil(in / b1)], one for each block of
-``weight_block_size``, or (compressed-tensors) ``NAME_scale``, one a row or one in all. Despite its name the first is what the
-values are multiplied with. Source: ``FineGrainedFP8Config`` of HuggingFace transformers and the compressed-tensors format.
+``weight_block_size``; or, where there is no such size, ``NAME_scale`` (compressed-tensors), one a row or one in all. Despite its
+name the first is what the values are multiplied with. Source: ``FineGrainedFP8Config`` of HuggingFace transformers and the
+compressed-tensors format.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .raw_tensor import RawTensor
 
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _DEFAULT_BLOCK = (128, 128)
+_MAX_BLOCK = 2**24
 _ROWS_AT_ONCE = 1024
 _COMPRESSED_FORMATS = ("float-quantized", "naive-quantized")
 
@@ -40,9 +42,9 @@ E4M3_VALUES = _e4m3_values()
 
 @dataclass(frozen=True, slots=True)
 class Fp8Scheme:
-    """How the matrices of a checkpoint are scaled. ``block``: (rows, columns) that share a scale where scales form a matrix."""
+    """How the matrices of a checkpoint are scaled. ``block``: (rows, columns) that share a scale; None for one a row or in all."""
 
-    block: tuple[int, int]
+    block: tuple[int, int] | None
 
     @classmethod
     def from_config(cls, config: Any, where: str) -> Fp8Scheme:
@@ -53,16 +55,18 @@ class Fp8Scheme:
         """
         if not isinstance(config, Mapping):
             raise UnsupportedCheckpoint(f"quantization_config: expected an object, got {config!r:.60}", where)
-        method = config.get("quant_method", "unknown")
+        method = config.get("quant_method")
+        if method is None:
+            raise UnsupportedCheckpoint("quantization_config: quant_method is missing", where)
         if method == "fp8":
             kind, is_fp8 = str(config.get("fmt", "e4m3")), config.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
-            block = config.get("weight_block_size") or _DEFAULT_BLOCK
+            block = config.get("weight_block_size", _DEFAULT_BLOCK)
         elif method == "compressed-tensors":
             kind, is_fp8 = str(config.get("format")), config.get("format") in _COMPRESSED_FORMATS
             groups = config.get("config_groups")
             weights = [g.get("weights") for g in groups.values()] if isinstance(groups, Mapping) else []
             structures = [w.get("block_structure") for w in weights if isinstance(w, Mapping)]
-            block = next((b for b in structures if b), _DEFAULT_BLOCK)
+            block = next((b for b in structures if b is not None), None)
         else:
             kind, is_fp8, block = "", False, _DEFAULT_BLOCK
         if not is_fp8:
@@ -72,8 +76,10 @@ class Fp8Scheme:
                 "quantises itself, or a GGUF file",
                 where,
             )
+        if block is None:
+            return cls(None)
         sizes = list(block) if isinstance(block, (list, tuple)) else []
-        if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
+        if len(sizes) != 2 or not all(type(n) is int and 0 < n <= _MAX_BLOCK for n in sizes):
             raise UnsupportedCheckpoint(f"weight_block_size: expected two positive numbers, got {block!r:.60}", where)
         return cls((sizes[0], sizes[1]))
 
@@ -87,23 +93,29 @@ class Fp8Scheme:
             UnsupportedCheckpoint: the scales do not fit the matrix.
         """
         place = f"{where}: tensor {scale.name!r}"
-        if len(codes.shape) < 2 or not scale.quant_type.is_float:
+        if len(codes.shape) < 2:
             raise UnsupportedCheckpoint(
-                f"expected float scales of a matrix, got {scale.quant_type} for {list(codes.shape)}", place
+                f"8-bit floats of shape {list(codes.shape)}; only matrices have scales",
+                f"{where}: tensor {codes.name!r}",
             )
+        if not scale.quant_type.is_float:
+            raise UnsupportedCheckpoint("expected scales of 16, 32 or 64 bits, got 8-bit floats", place)
         *stack, rows, cols = codes.shape
         matrices = math.prod(stack)
         block = self._block_of(scale, tuple(stack), rows, cols)
         if block is None:
+            way = (
+                "one a row or one in all"
+                if self.block is None
+                else f"in blocks of {list(self.block)} (weight_block_size)"
+            )
             raise UnsupportedCheckpoint(
-                f"scales of shape {list(scale.shape)} do not fit a matrix of {list(codes.shape)} in blocks of "
-                f"{list(self.block)}",
-                place,
+                f"scales of shape {list(scale.shape)} do not fit a matrix of {list(codes.shape)}, {way}", place
             )
         block_rows, block_cols = block
 
         def compute() -> np.ndarray:
-            scales = scale.values().reshape(-1, math.ceil(rows / block_rows), math.ceil(cols / block_cols))
+            scales = scale.values().reshape(-1, -(-rows // block_rows), -(-cols // block_cols))
             scales = np.broadcast_to(scales, (matrices, *scales.shape[1:]))
             if not np.isfinite(scales).all():
                 raise UnsupportedCheckpoint("NaN or infinite scales", place)
@@ -119,12 +131,13 @@ class Fp8Scheme:
         return RawTensor(codes.name, types.BF16, codes.shape, compute, (*codes.stored_names, *scale.stored_names))
 
     def _block_of(self, scale: RawTensor, stack: tuple[int, ...], rows: int, cols: int) -> tuple[int, int] | None:
-        """(rows, columns) that share a scale, from the scales' shape; None when it fits nothing."""
+        """(rows, columns) that share a scale, at most the whole matrix; None when the shape of the scales is another."""
         shape = scale.shape
-        if math.prod(shape) == 1 or shape in (stack, (*stack, 1), (*stack, 1, 1)):
+        if self.block is not None:
+            block = min(self.block[0], rows), min(self.block[1], cols)
+            return block if min(block) and shape == (*stack, -(-rows // block[0]), -(-cols // block[1])) else None
+        if not rows or not cols:
+            return None
+        if shape in ((), (1,), stack, (*stack, 1), (*stack, 1, 1)):
             return rows, cols
-        if shape in ((*stack, rows), (*stack, rows, 1)):
-            return 1, cols
-        if shape == (*stack, math.ceil(rows / self.block[0]), math.ceil(cols / self.block[1])):
-            return self.block
-        return None
+        return (1, cols) if shape in ((*stack, rows), (*stack, rows, 1)) else None

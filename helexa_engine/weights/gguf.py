@@ -23,6 +23,7 @@ from ..errors import ModelNotFound, UnsupportedCheckpoint
 from ..quant import types
 from ..quant.types import QuantType
 from . import mapped_pages
+from .lfs import refuse_pointer
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -280,7 +281,8 @@ class GGUFFile:
         """Maps a file and checks it whole; adds its tensors and returns its metadata."""
         try:
             with path.open("rb") as file:
-                head = file.read(8)
+                head = file.read(64)
+                refuse_pointer(head, path)
                 if head[:4] != MAGIC:
                     raise UnsupportedCheckpoint(
                         f"not a GGUF file: it begins with {head[:4]!r} instead of {MAGIC!r}", str(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..architectures import HYBRIDS, MIXTURES, TILED
+from ..architectures import ARCHITECTURES, HYBRIDS, MIXTURES, TILED
 from ..errors import UnsupportedCheckpoint
 
 # The names of a fused tensor (``qkv_proj``, ``in_proj_qkvz``, ``in_proj_ba``, ``gate_up_proj``) are taken apart in ``canonical``.
@@ -59,6 +59,13 @@ _TOP = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+#: The gates of a delta net tell files apart whose value heads are in another order, and which look the same otherwise.
+_OWNERS = {
+    "ssm_in.weight": ("qwen3next",),
+    "ssm_ba.weight": ("qwen3next",),
+    "ssm_beta.weight": TILED,
+    "ssm_alpha.weight": TILED,
+}
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 
 #: general.sampling.* -> generation_config
@@ -87,6 +94,12 @@ def hf_name(name: str, layer_types: Sequence[str] = ()) -> str | None:
     is_linear = layer < len(layer_types) and layer_types[layer] == "linear_attention"
     table = _BLOCK | _HYBRID_BLOCK | (_DELTA_NET_QKV if is_linear else _ATTENTION_QKV)
     return f"model.layers.{layer}.{table[match[2]]}" if match[2] in table else None
+
+
+def owners(name: str) -> tuple[str, ...]:
+    """The architectures whose files may have a GGUF tensor of this name; all for most names, also for those that none has."""
+    match = _BLOCK_NAME.fullmatch(name)
+    return _OWNERS.get(match[2], ARCHITECTURES) if match else ARCHITECTURES
 
 
 def gguf_name(name: str, architecture: str = "qwen3") -> str | None:

@@ -52,9 +52,9 @@ def find(wanted: HubId) -> Path | str:
         if not variant.missing:
             return snapshot if variant.is_folder else snapshot / variant.files[0]
         reason = f"it is only half there: {variant.missing[0]} is missing from {snapshot}"
-    partial = sum(blob.stat().st_size for blob in folder.glob("blobs/*.incomplete"))
-    if partial and "half there" not in reason:
-        reason = f"it is only half there: {format_bytes(partial)} of an unfinished file lie in {folder / 'blobs'}"
+    partial = max(folder.glob("blobs/*.incomplete"), key=lambda blob: blob.stat().st_size, default=None)
+    if partial is not None and "half there" not in reason:
+        reason = f"it is only half there: {format_bytes(partial.stat().st_size)} of an unfinished file lie in {partial}"
     return reason
 
 

@@ -109,16 +109,13 @@ def check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
     """Raises :class:`UnsupportedCheckpoint` when a tensor is missing, unexpected or of the wrong shape."""
     present = set(checkpoint.tensor_names())
     missing = [name for name in wanted if name not in present]
-    if missing:
-        raise UnsupportedCheckpoint(
-            f"{len(missing)} tensors are missing: {', '.join(missing[:10])}", str(checkpoint.path)
-        )
-    unexpected = [name for name in present if name not in wanted and not name.endswith(_IGNORED)]
+    unexpected = sorted(name for name in present if name not in wanted and not name.endswith(_IGNORED))
+    problems = [f"{len(missing)} tensors are missing: {', '.join(missing[:10])}"] if missing else []
     if unexpected:
-        listed = ", ".join(sorted(unexpected)[:10])
-        raise UnsupportedCheckpoint(
-            f"{len(unexpected)} tensors are not part of {checkpoint.architecture}: {listed}", str(checkpoint.path)
-        )
+        listed = ", ".join(unexpected[:10])
+        problems.append(f"{len(unexpected)} tensors are not part of {checkpoint.architecture}: {listed}")
+    if problems:
+        raise UnsupportedCheckpoint("; ".join(problems), str(checkpoint.path))
     for name, slot in wanted.items():
         raw = checkpoint.tensor(name)
         if not raw.quant_type.is_float and not raw.quant_type.is_quantised:

@@ -19,6 +19,7 @@ from ..errors import ModelNotFound, UnsupportedCheckpoint
 from ..quant import types
 from ..quant.types import QuantType
 from . import mapped_pages
+from .lfs import refuse_pointer
 from .raw_tensor import RawTensor
 
 MAX_HEADER_BYTES = 100_000_000
@@ -38,6 +39,7 @@ class _File:
             raise ModelNotFound(str(path), "this part of the checkpoint is missing; download it again") from None
         except (OSError, ValueError) as error:
             raise UnsupportedCheckpoint(f"it cannot be mapped: {error}", str(path)) from None
+        refuse_pointer(self.map[:64], path)
         size = len(self.map)
         length = struct.unpack_from("<Q", self.map)[0] if size >= 8 else size
         if length > min(size - 8, MAX_HEADER_BYTES):
@@ -52,18 +54,19 @@ class _File:
             raise UnsupportedCheckpoint("the header is not a JSON object", str(path))
         header.pop("__metadata__", None)
         self.base = 8 + length
-        self.header: dict[str, Any] = header
+        self.tensors = {name: self._read(name, entry) for name, entry in header.items()}
+        self._refuse_overlaps()
 
-    def read(self, name: str) -> tuple[QuantType, tuple[int, ...], int, int]:
+    def _read(self, name: str, entry: Any) -> tuple[QuantType, tuple[int, ...], int, int]:
         """(type, shape, first byte, number of bytes)."""
         place = f"{self.path}: tensor {name!r}"
-        entry = self.header[name]
         try:
-            dtype, shape = entry["dtype"], tuple(int(d) for d in entry["shape"])
-            begin, end = (int(i) for i in entry["data_offsets"])
-        except (TypeError, KeyError, ValueError, OverflowError):
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (TypeError, KeyError, ValueError):
             raise UnsupportedCheckpoint("malformed header entry", place) from None
-        if dtype not in _DTYPES and dtype != FP8:
+        if any(type(number) is not int for number in (*shape, begin, end)):
+            raise UnsupportedCheckpoint("malformed header entry", place)
+        if not isinstance(dtype, str) or (dtype not in _DTYPES and dtype != FP8):
             raise UnsupportedCheckpoint(f"dtype {dtype} is not supported; expected {', '.join(_DTYPES)}", place)
         quant_type = types.I8 if dtype == FP8 else _DTYPES[dtype]
         if any(d < 0 for d in shape) or end - begin != math.prod(shape) * quant_type.block_bytes:
@@ -75,6 +78,12 @@ class _File:
                 f"its data ends beyond the file's {len(self.map)} bytes; it is truncated", place
             )
         return quant_type, shape, self.base + begin, end - begin
+
+    def _refuse_overlaps(self) -> None:
+        in_order = sorted((start, nbytes, name) for name, (_, _, start, nbytes) in self.tensors.items() if nbytes)
+        for (start, nbytes, before), (following, _, name) in zip(in_order, in_order[1:], strict=False):
+            if start + nbytes > following:
+                raise UnsupportedCheckpoint(f"its data overlaps that of {before!r}", f"{self.path}: tensor {name!r}")
 
 
 class SafetensorsFolder:
@@ -102,7 +111,7 @@ class SafetensorsFolder:
         self._files = [_File(folder / name) for name in names]
         self._where: dict[str, _File] = {}
         for file in self._files:
-            for name in file.header:
+            for name in file.tensors:
                 if name in self._where:
                     raise UnsupportedCheckpoint(
                         f"tensor {name!r} stands also in {self._where[name].path.name}", str(file.path)
@@ -131,11 +140,11 @@ class SafetensorsFolder:
     def tensor(self, name: str) -> RawTensor:
         """A tensor, its bytes a view of the map. Raises KeyError, :class:`UnsupportedCheckpoint`."""
         file = self._where[name]
-        quant_type, shape, start, nbytes = file.read(name)
+        quant_type, shape, start, nbytes = file.tensors[name]
         return RawTensor(name, quant_type, shape, np.frombuffer(file.map, np.uint8, nbytes, start), (name,))
 
     def release(self, name: str) -> None:
         """Gives the whole pages under a tensor back to the system."""
         file = self._where[name]
-        _, _, start, nbytes = file.read(name)
+        _, _, start, nbytes = file.tensors[name]
         mapped_pages.release(file.map, start, nbytes)

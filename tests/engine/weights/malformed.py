@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,11 @@ FAMILIES = ("qwen3", "qwen3moe", "qwen3next", "qwen35", "qwen35moe")
 HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
 MIXTURES = ("qwen3moe", "qwen3next", "qwen35moe")
 F32, F16, Q8_0, I32 = 0, 1, 8, 26
+#: How a folder of 8-bit floats is scaled; smaller blocks than the published ones, so that a tiny matrix has several.
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+SCALES = "_scale_inv"
+#: The matrices that published folders hold in 8-bit floats.
+CODED = re.compile(r"model\..*(_proj(\.weight)?|in_proj_(qkvz?|z)\.weight)")
 
 _MODEL_TYPE = {"qwen3moe": "qwen3_moe", "qwen3next": "qwen3_next", "qwen35": "qwen3_5", "qwen35moe": "qwen3_5_moe"}
 _DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I32": 4, "I64": 8, "F8_E4M3": 1}
@@ -217,8 +223,8 @@ def metadata_of(family: str, config: Mapping[str, Any], tokenizer: Mapping[str, 
     }
 
 
-def specimens(family: str, folder: Path) -> tuple[Specimen, Specimen]:
-    """(GGUF, folder) of a tiny random model; ``folder`` takes the tokenizer's files."""
+def specimens(family: str, folder: Path) -> tuple[Specimen, Specimen, Specimen]:
+    """(GGUF, folder, folder of 8-bit floats) of a tiny random model; ``folder`` takes the tokenizer's files."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(family, write_tokenizer(folder))
     shape = ModelConfig.from_checkpoint(family, config, "specimen")
@@ -235,6 +241,11 @@ def specimens(family: str, folder: Path) -> tuple[Specimen, Specimen]:
     metadata = metadata_of(family, config, json.loads((folder / "tokenizer.json").read_text()))
     in_gguf = {}
     for name, array in values.items():
+        if family == "qwen3next" and name.endswith(("in_proj_b.weight", "in_proj_a.weight")):
+            if name.endswith("in_proj_a.weight"):
+                continue
+            array = np.concatenate([array, values[name.replace("in_proj_b", "in_proj_a")]])  # random: in any order
+            name = name.replace("in_proj_b", "in_proj_ba")
         stored = gguf_name(name, family)
         assert stored is not None, name
         in_gguf[stored] = Tensor(array.shape, F32, array.tobytes())
@@ -245,7 +256,29 @@ def specimens(family: str, folder: Path) -> tuple[Specimen, Specimen]:
     if family in ("qwen35", "qwen35moe"):
         nested = {"model_type": f"{config['model_type']}_text"}
         config = {"model_type": config["model_type"], "text_config": config | nested, "tie_word_embeddings": False}
-    return Specimen(family, True, metadata, in_gguf), Specimen(family, False, config, as_hf, folder)
+    coded = config | {"quantization_config": FP8}
+    return (
+        Specimen(family, True, metadata, in_gguf),
+        Specimen(family, False, config, as_hf, folder),
+        Specimen(family, False, coded, _in_8_bits(as_hf), folder),
+    )
+
+
+def _in_8_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Random codes, none of them NaN, and a scale for each block."""
+    rng = np.random.default_rng(0)
+    made: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not CODED.fullmatch(name):
+            made[name] = tensor
+            continue
+        *stack, rows, cols = tensor.shape
+        codes = rng.integers(0, 0x70, math.prod(tensor.shape), np.uint8) | rng.integers(0, 2, dtype=np.uint8) << 7
+        grid = (*stack, -(-rows // 32), -(-cols // 32))
+        scales = (1e-3 * (1 + rng.random(grid))).astype(np.float32)
+        made[name] = Tensor(tensor.shape, "F8_E4M3", codes.astype(np.uint8).tobytes())
+        made[name + SCALES] = Tensor(grid, "F32", scales.tobytes())
+    return made
 
 
 def _huggingface(family: str, config: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

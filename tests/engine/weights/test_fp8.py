@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from helexa_engine.quant import types
 from helexa_engine.testing.checkpoints import TINY, write_folder
 from helexa_engine.weights import loader
 from helexa_engine.weights.checkpoint import open_checkpoint
-from helexa_engine.weights.fp8 import E4M3_VALUES
+from helexa_engine.weights.fp8 import E4M3_VALUES, Fp8Scheme
+from helexa_engine.weights.raw_tensor import RawTensor
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 CHANNELS = {
@@ -120,6 +122,12 @@ def test_odd_shapes_end_in_part_of_a_block(tmp_path: Path) -> None:
         ),
         (FP8 | {"fmt": "e5m2"}, r"'fp8' \(e5m2\) are not supported"),
         (FP8 | {"weight_block_size": [128, 0]}, "weight_block_size: expected two positive numbers"),
+        (FP8 | {"weight_block_size": [128, True]}, "weight_block_size: expected two positive numbers"),
+        (FP8 | {"weight_block_size": [2**70, 128]}, "weight_block_size: expected two positive numbers"),
+        (FP8 | {"weight_block_size": []}, "weight_block_size: expected two positive numbers"),
+        (FP8 | {"weight_block_size": None}, r"scales of shape \[\d+, \d+\] do not fit .*, one a row or one in all"),
+        (CHANNELS, "without its scales|one a row or one in all"),
+        ({"fmt": "e4m3"}, "quantization_config: quant_method is missing"),
         ("fp8", "quantization_config: expected an object"),
         (FP8 | {"weight_block_size": [64, 64]}, r"scales of shape \[\d+, \d+\] do not fit a matrix"),
     ],
@@ -145,3 +153,36 @@ def test_missing_and_wrong_scales_are_named(tmp_path: Path) -> None:
     (coded / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UnsupportedCheckpoint, match="8-bit floats without quantization_config"):
         open_checkpoint(coded)
+
+
+@pytest.mark.parametrize("kind", ["channel", "tensor"])
+def test_scales_of_another_kind_than_the_config_says_are_named(tmp_path: Path, kind: str) -> None:
+    """One scale in all is also what a truncated grid of them may look like: it is not taken for more than the config says."""
+    coded, _ = write_both(tmp_path, kind=kind)
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"_proj.weight_scale'.*in blocks of \[128, 128\] \(weight_block_size\)"
+    ):
+        open_checkpoint(coded)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [(torch.float8_e4m3fn, "expected scales of 16, 32 or 64 bits, got 8-bit floats"), (torch.int32, "dtype I32")],
+)
+def test_scales_of_a_wrong_type_are_named(tmp_path: Path, dtype: torch.dtype, words: str) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    coded, _ = write_both(tmp_path)
+    edit(coded, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(UnsupportedCheckpoint, match=f"{name}'.*{words}"):
+        open_checkpoint(coded)
+
+
+def test_blocks_larger_than_the_matrix_take_no_memory() -> None:
+    codes = RawTensor("m", types.I8, (4, 8), np.arange(32, dtype=np.uint8), ("m",))
+    scale = RawTensor("m_scale_inv", types.F32, (1, 1), np.array([0.5], np.float32).view(np.uint8), ("m_scale_inv",))
+    tracemalloc.start()
+    made = Fp8Scheme((2**24, 2**24)).dequantized(codes, scale, "here")
+    np.testing.assert_array_equal(made.values().reshape(-1), E4M3_VALUES[:32] / 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20

@@ -290,7 +290,9 @@ def test_another_process_goes_on_with_a_half_downloaded_file(server: HubServer) 
     stop_after(server, "m-Q8_0.gguf", 30_000)
     (partial,) = env.hub_cache().rglob("*.incomplete")
     assert partial.stat().st_size == 30_000
-    with pytest.raises(ModelNotFound, match="only half there: 30.0 kB of an unfinished file.*helexa pull org/m:Q8_0"):
+    with pytest.raises(
+        ModelNotFound, match=f"half there: 30.0 kB of an unfinished file lie in {partial}.*helexa pull org/m:Q8_0"
+    ):
         get("org/m:Q8_0", offline=True)
     program = "from helexa_engine.weights import hub; print(hub.locate(hub.HubId.parse('org/m:Q8_0')).read_bytes()[-1000:].hex())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,9 +33,9 @@ from helexa_engine.weights import loader
 from helexa_engine.weights.canonical import text_name
 from helexa_engine.weights.checkpoint import open_checkpoint
 
-from .malformed import F16, FAMILIES, I32, Q8_0, Specimen, safetensors_bytes, specimens
+from .malformed import F16, FAMILIES, I32, Q8_0, SCALES, Specimen, gguf_bytes, safetensors_bytes, specimens
 
-KINDS = [(family, kind) for family in FAMILIES if family in MODELS for kind in ("gguf", "folder")]
+KINDS = [(family, kind) for family in FAMILIES if family in MODELS for kind in ("gguf", "folder", "fp8")]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 EXPECTED = (UnsupportedCheckpoint, InvalidRequest, ModelDoesNotFit, ModelNotFound)
 
@@ -42,7 +44,8 @@ EXPECTED = (UnsupportedCheckpoint, InvalidRequest, ModelDoesNotFit, ModelNotFoun
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Specimen]:
     made = {}
     for family in dict.fromkeys(family for family, _ in KINDS):
-        made[family, "gguf"], made[family, "folder"] = specimens(family, tmp_path_factory.mktemp(family) / "tokenizer")
+        of_family = specimens(family, tmp_path_factory.mktemp(family) / "tokenizer")
+        made |= {(family, kind): one for kind, one in zip(("gguf", "folder", "fp8"), of_family, strict=True)}
     return made
 
 
@@ -83,10 +86,19 @@ def made_of(specimen: Specimen, path: Path) -> dict[str, set[str]]:
     return names
 
 
+def is_coded(specimen: Specimen) -> bool:
+    return "quantization_config" in specimen.settings
+
+
 def kinds_of_tensors(specimen: Specimen, names: dict[str, set[str]]) -> Iterator[str]:
-    """One tensor of each kind: layers repeat each other, so the last one stands for all (the first of another mixer too)."""
+    """One tensor of each kind: layers repeat each other, so the last one stands for all (the first of another mixer too).
+
+    Of a folder of 8-bit floats the matrices of these and their scales: the rest is as in other folders.
+    """
     seen: dict[str, str] = {}
     for name in names:
+        if is_coded(specimen) and name + SCALES not in names and not name.endswith(SCALES):
+            continue
         parts = [part for part in name.split(".")]
         seen[".".join("#" if part.isdigit() else part for part in parts)] = name
     yield from seen.values()
@@ -147,7 +159,14 @@ def test_a_tensor_of_the_wrong_shape_is_named(base: Specimen, tmp_path: Path) ->
 def test_a_tensor_of_a_wrong_type_is_named(base: Specimen, tmp_path: Path) -> None:
     names = made_of(base, base.write(tmp_path))
     for name in kinds_of_tensors(base, names):
-        for kind in (I32, 999) if base.is_gguf else ("I32", "F8_E4M3", "NONSENSE"):
+        kinds = (
+            (I32, 999)
+            if base.is_gguf
+            else ("I32", "F8_E4M3", "NONSENSE", *(["BF16"] if name + SCALES in names else []))
+        )
+        for kind in kinds:
+            if kind == base.tensors[name].kind:
+                continue
             broken = base.copy()
             broken.tensors[name] = replace(broken.tensors[name], kind=kind).filled()
             with pytest.raises(UnsupportedCheckpoint) as caught:
@@ -178,7 +197,7 @@ def drop(config: dict[str, Any], path: tuple[str, ...]) -> None:
 OPTIONAL = {
     "text_config.model_type", "model_type", "head_dim", "tie_word_embeddings", "num_key_value_heads", "norm_topk_prob",
     "full_attention_interval", "partial_rotary_factor", "attention.key_length", "attention.value_length",
-    "attention.head_count_kv", "eos_token_id", "token_type", "merges",
+    "attention.head_count_kv", "eos_token_id", "token_type", "merges", "fmt", "activation_scheme",
 }  # fmt: skip
 
 
@@ -227,7 +246,8 @@ def test_a_key_of_any_value_gives_an_error_of_ours_or_a_model(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     common = {short(path) for path in leaves(bases["qwen3", "gguf" if base.is_gguf else "folder"].settings)}
     for path in leaves(base.settings):
-        for value in NONSENSE if base.family == "qwen3" or short(path) not in common else ():
+        is_new = path[0] == "quantization_config" if is_coded(base) else short(path) not in common
+        for value in NONSENSE if is_new or (base.family == "qwen3" and not is_coded(base)) else ():
             broken = base.copy()
             put(broken.settings, path, value)
             attempt(broken.write(tmp_path))
@@ -235,12 +255,27 @@ def test_a_key_of_any_value_gives_an_error_of_ours_or_a_model(
 
 
 @pytest.mark.parametrize("other", FAMILIES)
-def test_a_mislabelled_file(base: Specimen, tmp_path: Path, other: str) -> None:
-    if other == base.family or not base.is_gguf:
+def test_a_mislabelled_file(base: Specimen, bases: dict[tuple[str, str], Specimen], tmp_path: Path, other: str) -> None:
+    """The architecture's name changed, and then with all that the other architecture says of itself."""
+    kind = "gguf" if base.is_gguf else "fp8" if is_coded(base) else "folder"
+    if other == base.family:
         return
-    base.settings["general.architecture"] = other
-    with pytest.raises(UnsupportedCheckpoint, match=rf"metadata {other}\.[\w.]+ is missing|'{other}' is not supported"):
-        load(base.write(tmp_path))
+    if base.is_gguf:
+        renamed = base.copy()
+        renamed.settings["general.architecture"] = other
+        with pytest.raises(UnsupportedCheckpoint, match=rf"metadata {other}\.[\w.]+ is missing"):
+            load(renamed.write(tmp_path))
+    it = bases[other, kind]
+    keys = {short(path) for path in (*leaves(base.settings), *leaves(it.settings))}
+    words = keys.union(*made_of(base, base.write(tmp_path)).values(), *made_of(it, it.write(tmp_path)).values())
+    base.settings = it.copy().settings
+    path = base.write(tmp_path)
+    if {base.family, other} == {"qwen3next", "qwen35moe"} and not base.is_gguf:
+        load(path)  # the same model: the folders differ in what they fuse, and either is read as it is
+        return
+    with pytest.raises(UnsupportedCheckpoint) as caught:
+        load(path)
+    assert any(word in caught.value.message for word in words), caught.value.message
 
 
 def test_a_truncated_file_names_the_tensor(base: Specimen, tmp_path: Path) -> None:
@@ -257,21 +292,92 @@ def test_a_truncated_file_names_the_tensor(base: Specimen, tmp_path: Path) -> No
             load(path)
 
 
-def test_a_missing_shard_is_named(base: Specimen, tmp_path: Path) -> None:
+def write_in_two(base: Specimen, to: Path) -> tuple[Path, list[Path]]:
+    """(what to open, the files with the weights), every second tensor in either file."""
+    parts = [dict(list(base.tensors.items())[i::2]) for i in range(2)]
+    if base.is_gguf:
+        files = [to / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+        for number, (file, tensors) in enumerate(zip(files, parts, strict=True)):
+            file.write_bytes(gguf_bytes(base.settings | {"split.no": number, "split.count": 2}, tensors))
+        return files[0], files
+    folder = base.write(to)
+    (folder / "model.safetensors").unlink()
+    files = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for file, tensors in zip(files, parts, strict=True):
+        file.write_bytes(safetensors_bytes(tensors))
+    weight_map = {name: file.name for file, tensors in zip(files, parts, strict=True) for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder, files
+
+
+def test_a_half_downloaded_model_names_the_file_and_the_tensor(base: Specimen, tmp_path: Path) -> None:
+    path, (first, second) = write_in_two(base, tmp_path)
+    load(path)
+    content = second.read_bytes()
+    last = list(base.tensors)[1::2][-1]
+    second.write_bytes(content[: -len(base.tensors[last].data) // 2])
+    with pytest.raises(UnsupportedCheckpoint, match=f"{second.name}.*{re.escape(last)}.*truncated"):
+        load(path)
+    for fragment in (b"", content[:3], content[:2000]):
+        second.write_bytes(fragment)
+        with pytest.raises(UnsupportedCheckpoint, match=second.name):
+            load(path)
+    second.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4000000000\n")
+    with pytest.raises(UnsupportedCheckpoint, match=f"{second.name}.*Git LFS pointer"):
+        load(path)
+    second.rename(second.with_name(f"{second.name}.incomplete"))
+    with pytest.raises(ModelNotFound, match=second.name):
+        load(path)
+    shutil.copy(first, second)
+    with pytest.raises(UnsupportedCheckpoint, match=f"{second.name}.*(not part 2 of 2|stands also in {first.name})"):
+        load(path)
+
+
+def test_a_shard_of_another_model_is_named(base: Specimen, tmp_path: Path) -> None:
+    """The index is right, the shard holds one tensor too few or another."""
     if base.is_gguf:
         return
+    path, (_, second) = write_in_two(base, tmp_path)
+    tensors = dict(list(base.tensors.items())[1::2])
+    name = next(name for name in tensors if "norm" in name and "mtp" not in name)
+    moved = tensors.pop(name)
+    for others in ({}, {"model.layers.77.input_layernorm.weight": moved}):
+        second.write_bytes(safetensors_bytes(tensors | others))
+        with pytest.raises(UnsupportedCheckpoint) as caught:
+            load(path)
+        assert text_name(name) in caught.value.message and all(other in caught.value.message for other in others)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None, 7, [], {}, {"dtype": None}, {"dtype": []}, {"dtype": {}}, {"dtype": "f32"}, {"shape": None},
+        {"shape": 64}, {"shape": [64.5]}, {"shape": ["a"]}, {"shape": [[64]]}, {"shape": [-64]}, {"shape": [-8, -8]},
+        {"shape": [float("inf")]}, {"shape": [10**400]}, {"data_offsets": None}, {"data_offsets": [0]},
+        {"data_offsets": [0, 128, 256]}, {"data_offsets": [None, 256]}, {"data_offsets": [-256, 0]},
+        {"data_offsets": [256, 0]}, {"data_offsets": [2**63, 2**63 + 256]}, {"data_offsets": [0, 256]},
+        {"data_offsets": [float("nan"), 256]}, {"shape": [1] * 100 + [64]},
+    ],
+    ids=lambda entry: json.dumps(entry)[:40],
+)  # fmt: skip
+def test_a_header_entry_that_makes_no_sense_is_named(
+    bases: dict[tuple[str, str], Specimen], tmp_path: Path, entry: Any
+) -> None:
+    """Of safetensors; offsets of 0 to 256 are right in themselves and those of another tensor."""
+    base = bases["qwen35", "folder"]
     path = base.write(tmp_path)
-    (path / "model.safetensors").unlink()
-    names = list(base.tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for shard, part in shards.items():
-        (path / shard).write_bytes(safetensors_bytes({name: base.tensors[name] for name in part}))
-    weight_map = {name: shard for shard, part in shards.items() for name in part}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    load(path)
-    (path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelNotFound, match="model-00002-of-00002.safetensors"):
+    name = "model.language_model.layers.3.input_layernorm.weight"
+    file = path / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header[name]["shape"] == [64] and header[name]["data_offsets"][0] > 256
+    header[name] = header[name] | entry if isinstance(entry, dict) and entry else entry
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(UnsupportedCheckpoint) as caught:
         load(path)
+    assert text_name(name) in caught.value.message or name in caught.value.message
 
 
 def edited(draw: Callable[[st.SearchStrategy[Any]], Any], base: Specimen) -> Specimen:
