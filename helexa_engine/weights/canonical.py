@@ -70,7 +70,7 @@ class _Shape:
         """Raises :class:`UnsupportedCheckpoint` unless ``raw`` has ``ndim`` dimensions and the last but one is ``expected``."""
         if len(raw.shape) != ndim or raw.shape[-2] != expected:
             raise UnsupportedCheckpoint(
-                f"expected {expected} rows ({what}), got shape {list(raw.shape)}", f"{self.where}: tensor {raw.name!r}"
+                f"expected {expected} rows ({what}), got shape {list(raw.shape)}", f"{self.where}: tensor {raw.label}"
             )
 
 

@@ -120,12 +120,12 @@ def check(wanted: Mapping[str, Slot], checkpoint: Checkpoint) -> None:
         raw = checkpoint.tensor(name)
         if not raw.quant_type.is_float and not raw.quant_type.is_quantised:
             raise UnsupportedCheckpoint(
-                f"expected weights, got numbers of type {raw.quant_type}", f"{checkpoint.path}: tensor {name!r}"
+                f"expected weights, got numbers of type {raw.quant_type}", f"{checkpoint.path}: tensor {raw.label}"
             )
         shape = raw.shape
         if tuple(shape) != tuple(slot.shape):
             raise UnsupportedCheckpoint(
-                f"expected shape {list(slot.shape)}, got {list(shape)}", f"{checkpoint.path}: tensor {name!r}"
+                f"expected shape {list(slot.shape)}, got {list(shape)}", f"{checkpoint.path}: tensor {raw.label}"
             )
 
 

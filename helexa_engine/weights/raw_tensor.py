@@ -38,6 +38,16 @@ class RawTensor:
     scales: tuple[float, ...] = ()
 
     @property
+    def label(self) -> str:
+        """The name for a message, with the file's own where that is another."""
+        stored = self.stored_names
+        return (
+            f"{self.name!r} (stored as {stored[0]!r})"
+            if len(stored) == 1 and stored[0] != self.name
+            else repr(self.name)
+        )
+
+    @property
     def data(self) -> np.ndarray:
         """uint8, as in a GGUF file of this type. A tensor made of others is made anew each time."""
         return self._made().reshape(-1)

@@ -329,7 +329,9 @@ def test_a_half_downloaded_model_names_the_file_and_the_tensor(base: Specimen, t
     with pytest.raises(ModelNotFound, match=second.name):
         load(path)
     shutil.copy(first, second)
-    with pytest.raises(UnsupportedCheckpoint, match=f"{second.name}.*(not part 2 of 2|stands also in {first.name})"):
+    with pytest.raises(
+        UnsupportedCheckpoint, match=f"{second.name}.*(the name stands twice|stands also in {first.name})"
+    ):
         load(path)
 
 
