@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from helexa_engine.ops.registry import require_native
+from helexa_engine.ops.registry import native_core
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction-set level that this processor has."""
-    native = require_native()
+    """Each instruction-set level that this processor has; without the native core the test is skipped."""
+    native = native_core()
+    if native is None:
+        pytest.skip("the native core is not built")
     before = native.cpu_isa()
     try:
         native.set_cpu_isa(request.param)

@@ -3,16 +3,19 @@ decode and saved states rest on."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 
 from helexa_engine.ops.causal_conv1d import causal_conv1d, reference
 from helexa_engine.ops.registry import native_core
 
-if native_core() is None:
-    pytest.skip("the native core is not built", allow_module_level=True)
-
-from helexa_engine.ops.causal_conv1d import native
+_native: Any = native_core()
+native: Any = None if _native is None else import_module("helexa_engine.ops.causal_conv1d.native")
+needs_core = pytest.mark.skipif(_native is None, reason="the native core is not built")
+MODULES = [pytest.param(native, id="native", marks=needs_core), pytest.param(reference, id="reference")]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -74,12 +77,26 @@ def test_any_split_equals_whole_bit_for_bit(isa: str, size: int) -> None:
     assert torch.equal(state[2:], whole_state[2:])
 
 
-def test_a_split_that_drops_the_state_is_seen() -> None:
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 63])
+def test_any_split_of_the_twin_equals_whole(size: int) -> None:
+    arguments = make([70])
+    whole, whole_state = run(reference, arguments)
+    state, parts = arguments["conv_state"].clone(), []
+    for begin in range(0, 70, size):
+        x = arguments["x"][begin : begin + size]
+        part = dict(arguments, x=x, cu_seqlens=torch.tensor([0, len(x)], dtype=torch.int32))
+        parts.append(run(reference, part, state)[0])
+    assert (torch.cat(parts) - whole).abs().max() <= 1e-5
+    assert torch.equal(state[2:], whole_state[2:])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_split_that_drops_the_state_is_seen(module) -> None:
     """Known bad: the second part begins from zeros; only its first three outputs tell."""
     arguments = make([20])
-    whole, _ = run(native, arguments)
+    whole, _ = run(module, arguments)
     tail = dict(arguments, x=arguments["x"][10:], cu_seqlens=torch.tensor([0, 10], dtype=torch.int32))
-    cut, _ = run(native, tail, torch.zeros_like(arguments["conv_state"]))
+    cut, _ = run(module, tail, torch.zeros_like(arguments["conv_state"]))
     assert ((cut - whole[10:]).abs().amax(1) > 1e-3).tolist() == [True] * 3 + [False] * 7
 
 
@@ -99,7 +116,7 @@ def test_a_batch_equals_each_alone_bit_for_bit(isa: str) -> None:
         assert torch.equal(alone_state[slot], state[slot])
 
 
-@pytest.mark.parametrize("module", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("module", MODULES)
 def test_slices_of_wider_rows_equal_contiguous_ones(module) -> None:
     arguments = make([30, 1])
     wide = torch.full((31, 400), float("nan"))
@@ -140,7 +157,7 @@ def test_the_twin_equals_torchs_convolution(dtype: torch.dtype) -> None:
     assert (got - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-13)
 
 
-@pytest.mark.parametrize("module", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -165,6 +182,7 @@ def test_every_argument_is_checked_before_anything_is_written(module, name: str,
     assert torch.equal(arguments["conv_state"].nan_to_num(), before.nan_to_num())
 
 
+@needs_core
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -179,6 +197,7 @@ def test_tensors_of_a_wrong_kind_are_named(name: str, value: torch.Tensor) -> No
         native.causal_conv1d(**dict(make([10, 2]), **{name: value}))
 
 
+@needs_core
 def test_the_choice_depends_on_the_taps() -> None:
     assert causal_conv1d.choose("cpu") is native
     assert causal_conv1d.choose("cpu", kernel_size=9) is reference

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,11 +14,10 @@ import torch
 from helexa_engine.ops.gated_delta_rule import gated_delta_rule, reference
 from helexa_engine.ops.registry import native_core
 
-if native_core() is None:
-    pytest.skip("the native core is not built", allow_module_level=True)
-
-from helexa_engine import _native
-from helexa_engine.ops.gated_delta_rule import native
+_native: Any = native_core()
+native: Any = None if _native is None else import_module("helexa_engine.ops.gated_delta_rule.native")
+needs_core = pytest.mark.skipif(_native is None, reason="the native core is not built")
+MODULES = [pytest.param(native, id="native", marks=needs_core), pytest.param(reference, id="reference")]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -149,12 +149,13 @@ def test_packed_sequences_of_unequal_length(isa: str) -> None:
     judge(made((1, 130, 64, 7, 65, 1, 16)), native)
 
 
-def test_tiled_and_grouped_heads_differ() -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_tiled_and_grouped_heads_differ(module) -> None:
     """Known bad: the other assignment of value heads to key heads."""
     case = make([20], heads=(2, 4), tiled=True)
     with pytest.raises(AssertionError):
         truth = case.run(reference, case.states(), case.whole())
-        wrong = replace(case, tiled=False).run(native, case.states(), case.whole())
+        wrong = replace(case, tiled=False).run(module, case.states(), case.whole())
         torch.testing.assert_close(wrong, truth)
     assert reference.key_head_of(2, 4, tiled=True).tolist() == [0, 1, 0, 1]
     assert reference.key_head_of(2, 4, tiled=False).tolist() == [0, 0, 1, 1]
@@ -226,11 +227,26 @@ def test_any_split_equals_whole(isa: str, size) -> None:
     judge(case, native, parts=list(zip(borders, [*borders[1:], 300], strict=True)))
 
 
-def test_a_split_that_drops_the_state_is_seen() -> None:
+@pytest.mark.parametrize("size", [1, 63, 64, "random"])
+def test_any_split_of_the_twin_equals_whole(size) -> None:
+    borders = list(range(0, 140, size)) if size != "random" else [0, 11, 12, 77, 139]
+    judge(made((140,)), reference, parts=list(zip(borders, [*borders[1:], 140], strict=True)))
+
+
+def test_a_batch_of_the_twin_equals_each_alone() -> None:
+    case = make([50, 0, 1, 64], heads=(2, 6))
+    state = case.states()
+    alone = [case.run(reference, state, [span], [i]) for i, span in enumerate(case.whole())]
+    assert largest_error(torch.cat(alone), case.twin.out.double()) <= 1e-5
+    assert largest_error(state[case.slots], case.twin.state[case.slots].double()) <= 1e-5
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_split_that_drops_the_state_is_seen(module) -> None:
     """Known bad: the second part begins from the state before the first."""
     case = make([130])
-    whole = case.run(native, case.states(), case.whole())
-    second = case.run(native, case.states(), [(64, 130)])
+    whole = case.run(module, case.states(), case.whole())
+    second = case.run(module, case.states(), [(64, 130)])
     assert largest_error(second, whole[64:].double()) > 1e-2
 
 
@@ -273,6 +289,7 @@ def test_a_batch_equals_each_alone_bit_for_bit(isa: str) -> None:
     assert torch.equal(state[case.slots], alone_state[case.slots])
 
 
+@needs_core
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_do_not_change_a_bit(threads: int) -> None:
     """With few threads value heads share the work on their key head."""
@@ -327,10 +344,11 @@ def test_nan_stays_in_its_sequence(isa: str, length: int) -> None:
     assert state[case.slots[0], 0].isnan().all() and not state[case.slots[1]].isnan().any()
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_no_tokens(module) -> None:
     case = make([0, 0])
     state = case.states()
-    assert case.run(native, state, case.whole()).shape == (0, 4 * 48)
+    assert case.run(module, state, case.whole()).shape == (0, 4 * 48)
     assert torch.equal(state[case.slots], case.initial)
 
 
@@ -367,6 +385,7 @@ def bfloat16_state(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(outs), state
 
 
+@needs_core
 def test_the_comparison_can_fail() -> None:
     """A rounded state, and a decay that is wrong by one part in ten thousand, must show."""
     case = make([65])
@@ -381,7 +400,7 @@ def test_the_comparison_can_fail() -> None:
     assert largest_error(state[case.slots], exact[case.slots]) > allowed
 
 
-@pytest.mark.parametrize("module", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -414,6 +433,7 @@ def test_every_argument_is_checked_before_anything_is_written(module, name: str,
     assert torch.equal(state.nan_to_num(), before.nan_to_num())
 
 
+@needs_core
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -430,6 +450,7 @@ def test_tensors_of_a_wrong_kind_are_named(name: str, value, message: str) -> No
         native.gated_delta_rule(**dict(case.arguments(case.states(), case.whole()), **{name: value}))
 
 
+@needs_core
 def test_the_choice_depends_on_the_head_dims() -> None:
     assert gated_delta_rule.choose("cpu", head_k_dim=128, head_v_dim=64) is native
     assert gated_delta_rule.choose("cpu", head_k_dim=24, head_v_dim=64) is reference

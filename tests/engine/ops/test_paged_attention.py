@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,9 @@ import torch
 from helexa_engine.ops.paged_attention import reference
 from helexa_engine.ops.registry import native_core
 
-if native_core() is None:
-    pytest.skip("the native core is not built", allow_module_level=True)
-
-from helexa_engine import _native
-from helexa_engine.ops.paged_attention import native
+_native: Any = native_core()
+native: Any = None if _native is None else import_module("helexa_engine.ops.paged_attention.native")
+needs_core = pytest.mark.skipif(_native is None, reason="the native core is not built")
 
 PAGE_SIZE = 64
 EPS = 1e-6
@@ -101,6 +101,54 @@ def assert_as_good_as_the_twin(case: Case, spans=None) -> None:
     assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_twin_equals_torchs_attention(heads: tuple[int, int], gated: bool) -> None:
+    """On sequences that lie in one piece: torch's RMSNorm, rotary by complex numbers, torch's causal attention."""
+    case = make([70, 3], heads=heads, rotary_dim=16, gated=gated, dtype=torch.float32)
+    got = case.run(reference, case.empty_cache(), case.whole(), compute_dtype=torch.float64)
+    expected = []
+    for qkv in case.qkv:
+        rows = qkv.double().view(len(qkv), -1, 64)
+        q, k, v = torch.split(rows, [rows.shape[1] - 2 * heads[1], heads[1], heads[1]], dim=1)
+        q, gate = (q[:, ::2], q[:, 1::2]) if gated else (q, None)
+        turn = torch.complex(*case.cos_sin[: len(qkv), None].double().chunk(2, dim=-1))
+
+        def prepared(x: torch.Tensor, norm: torch.Tensor, turn: torch.Tensor = turn) -> torch.Tensor:
+            x = torch.nn.functional.rms_norm(x, (64,), norm.double(), EPS)
+            turned = torch.complex(x[..., :8], x[..., 8:16]) * turn
+            return torch.cat([turned.real, turned.imag, x[..., 16:]], -1).transpose(0, 1)
+
+        context = torch.nn.functional.scaled_dot_product_attention(
+            prepared(q, case.q_norm), prepared(k, case.k_norm), v.transpose(0, 1), is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
+        expected.append((context if gate is None else context * gate.sigmoid()).reshape(len(qkv), -1))
+    assert (got - torch.cat(expected)).abs().max() <= 1e-6  # keys and values pass through the float32 cache
+
+
+@pytest.mark.parametrize("chunk", [1, 63, 64, 65])
+def test_chunks_and_batches_of_the_twin_equal_whole_and_alone(chunk: int) -> None:
+    case = make([130, 7], heads=(6, 2))
+    whole_cache, cache = case.empty_cache(), case.empty_cache()
+    whole = case.run(reference, whole_cache, case.whole(), compute_dtype=torch.float64)
+    parts = [
+        case.run(reference, cache, [(at, min(at + chunk, len(rows)))], [i], compute_dtype=torch.float64)
+        for i, rows in enumerate(case.qkv)
+        for at in range(0, len(rows), chunk)
+    ]
+    assert (torch.cat(parts) - whole).abs().max() <= 1e-12
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(cache, whole_cache, strict=True))
+
+
+@pytest.mark.parametrize(("name", "index"), [("positions", 69), ("slot_mapping", 3), ("page_tables", (0, 1))])
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_the_twin_checks_every_index(name: str, index, value: int) -> None:
+    broken = arguments(make([70]))
+    broken[name][index] = value
+    with pytest.raises(ValueError, match=name):
+        reference.paged_attention(**broken)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 @pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 1000])
 def test_equals_the_twin_at_every_length(isa: str, length: int, dtype: torch.dtype) -> None:
@@ -163,6 +211,7 @@ def test_a_batch_equals_each_alone_bit_for_bit(isa: str) -> None:
     assert torch.equal(batch, torch.cat(alone))
 
 
+@needs_core
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_a_bit(threads: int) -> None:
     case = make([300, 1], heads=(4, 4))
@@ -199,6 +248,7 @@ def test_nan_in_a_query_stays_in_its_row(isa: str) -> None:
     assert not got[:2].isnan().any() and not got[5:].isnan().any()
 
 
+@needs_core
 def test_the_comparison_can_fail() -> None:
     """A wrong norm weight by one part in a thousand must show."""
     case = make([65])
@@ -230,11 +280,13 @@ def arguments(case: Case) -> dict[str, torch.Tensor]:
     }
 
 
+@needs_core
 def test_two_pages_are_accepted() -> None:
     """The good form of what the next test breaks."""
     assert native.paged_attention(**arguments(make([70]))).shape == (70, 256)
 
 
+@needs_core
 @pytest.mark.parametrize(
     ("name", "index", "value", "message"),
     [
@@ -259,6 +311,7 @@ def test_every_index_is_checked_before_anything_is_written(name: str, index, val
     assert broken["k_cache"].isnan().all() and broken["v_cache"].isnan().all()
 
 
+@needs_core
 def test_a_position_beyond_the_rotary_table() -> None:
     broken = arguments(make([70]))
     broken["cos_sin"] = broken["cos_sin"][:69]
@@ -266,6 +319,7 @@ def test_a_position_beyond_the_rotary_table() -> None:
         native.paged_attention(**broken)
 
 
+@needs_core
 @pytest.mark.parametrize(
     ("name", "value"),
     [
