@@ -326,6 +326,14 @@ def test_contents_that_are_not_the_hubs_are_refused(server: HubServer) -> None:
     assert not list(env.hub_cache().rglob("blobs/*"))
 
 
+def test_threads_that_note_a_revision_at_once_do_not_disturb_each_other(server: HubServer) -> None:
+    commits = [f"{number:040x}" for number in range(64)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda commit: hub_cache.write_ref("org/m", "main", commit), commits * 4))
+    (ref,) = (hub_cache.repo_folder("org/m") / "refs").iterdir()
+    assert ref.read_text() in commits
+
+
 def test_two_who_want_the_same_file_download_it_once(server: HubServer) -> None:
     server.repos["org/m"] = repo("m-Q8_0.gguf")
     with ThreadPoolExecutor(4) as pool:
