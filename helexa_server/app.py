@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -98,6 +99,7 @@ def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette
     app.state.config = config
     app.state.models = ServedModels(models)
     app.state.running = RunningRequests()
+    app.state.rejected = Counter()
     app.state.metrics = {model.id: ModelMetrics() for model in models}
     return app
 

@@ -239,19 +239,18 @@ class Stream:
         """Ends the stream with the wire format's error; raises it where nothing has been sent."""
         if not self._started:
             raise error
-        await self._write(self._projector.fail(error, status_of(error)), last=True)
+        with contextlib.suppress(ClientGone):
+            await self._write(self._projector.fail(error, status_of(error)), last=True)
 
     async def _next(self, generation: Generation) -> tuple[int, Event] | None:
-        """The next item; meanwhile a no-op frame after every silence. Waiting for an item is never cancelled by one."""
-        waiting = asyncio.ensure_future(generation.next())
-        try:
-            while True:
-                done, _ = await asyncio.wait((waiting,), timeout=self._keep_alive_seconds)
-                if done:
-                    return waiting.result()
+        """The next item; meanwhile frames that change nothing after every silence."""
+        while True:
+            try:
+                # A silence loses nothing: an item stays queued until it is taken.
+                async with asyncio.timeout(self._keep_alive_seconds):
+                    return await generation.next()
+            except TimeoutError:
                 await self._write(self._projector.keep_alive())
-        finally:
-            waiting.cancel()
 
     async def _write(self, frames: list[Frame], last: bool = False) -> None:
         if not frames:
@@ -348,7 +347,7 @@ async def version(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     """Prometheus' metrics of the server and its models."""
     state = request.app.state
-    text = metrics.render((model, state.metrics[model.id]) for model in state.models)
+    text = metrics.render(((model, state.metrics[model.id]) for model in state.models), state.rejected)
     return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
 
 

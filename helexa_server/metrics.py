@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from .served_model import ServedModel
 
@@ -50,9 +50,11 @@ class ModelMetrics:
         self.failed: Counter[str] = Counter()
 
 
-def render(models: Iterable[tuple[ServedModel, ModelMetrics]]) -> str:
-    """All metrics of all models; those of a model's engine once it is loaded."""
+def render(models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping[str, int]) -> str:
+    """All metrics of all models; those of a model's engine once it is loaded. ``rejected`` counts by code what reached no model."""
     text = _Text()
+    for code, count in rejected.items():
+        text.sample("helexa_rejected_requests_total", "counter", f'code="{code}"', count)
     for model, metrics in models:
         label = f'model_name="{_escape(model.id)}"'
         text.histogram("vllm:time_to_first_token_seconds", label, metrics.time_to_first_token)

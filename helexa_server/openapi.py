@@ -221,10 +221,9 @@ def document() -> dict[str, Any]:
 
 def _operation(operation: Operation, schema_of: dict[type, Any]) -> dict[str, Any]:
     answer = schema_of[operation.answer] if operation.answer else {"type": "object"}
-    content = {
-        media_type: {"schema": answer if media_type == "application/json" else {"type": "string"}}
-        for media_type in operation.media_types
-    }
+    # A stream has no schema: what is said of one would be read as said of each event.
+    schema_by_type = {"application/json": {"schema": answer}, _EVENTS: {}}
+    content = {kind: schema_by_type.get(kind, {"schema": {"type": "string"}}) for kind in operation.media_types}
     envelope = MessagesErrorEnvelope if operation.path.startswith("/v1/messages") else ErrorEnvelope
     failure = {"description": "Error", "content": {"application/json": {"schema": schema_of[envelope]}}}
     described: dict[str, Any] = {

@@ -58,6 +58,8 @@ class RequestIds:
         finally:
             if RECORD not in scope and scope["path"] not in QUIET_PATHS:
                 error = scope.get(ERROR)
+                if error is not None:
+                    scope["app"].state.rejected[error.code] += 1
                 log.info(
                     "%s %s id=%s status=%d seconds=%.3f%s",
                     scope["method"],

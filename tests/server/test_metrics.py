@@ -66,6 +66,17 @@ def test_failures_are_counted_by_code(serve: Serve) -> None:
     wait_until(lambda: scrape(live).get(failed) == 2)
 
 
+def test_what_reaches_no_model_is_counted_by_code(serve: Serve) -> None:
+    """contracts.md 4: rejections by reason."""
+    live = serve(FakeEngine([]))
+    with live.http() as http:
+        for _ in range(2):
+            http.get("/nowhere")
+        http.post("/v1/chat/completions", json={})
+    rejected = {labels: value for (name, labels), value in scrape(live).items() if name.startswith("helexa_rejected")}
+    assert rejected == {'code="not_found"': 2, 'code="invalid_request"': 1}
+
+
 def test_a_model_that_is_loading_has_no_engine_figures(serve: Serve) -> None:
     names = {name for name, _ in scrape(serve(None))}
     assert "vllm:num_requests_running" not in names and "vllm:time_to_first_token_seconds_count" in names

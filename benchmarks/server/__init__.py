@@ -1,0 +1,1 @@
+"""What the server itself costs, over an engine that costs next to nothing."""
