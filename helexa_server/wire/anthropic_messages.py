@@ -20,13 +20,12 @@ from helexa_engine.events import (
     PromptProcessed,
     ReasoningDelta,
     ToolCallStart,
-    Usage,
 )
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.sampling_params import SamplingParams, StructuredOutput
 
 from .frame import Call, Frame, decode, deltas, named, typed_frame
-from .openai import thinking_options
+from .openai import Accounts, thinking_options
 
 __all__ = ["Projector", "build_response", "error_body", "parse_request"]
 
@@ -388,18 +387,17 @@ class Projector:
     def __init__(self, call: Call, model: str, created: int) -> None:
         self._blocks = _Blocks(call)
         self._message = _message(call, model)
-        self._cached_tokens = 0
+        self._accounts = Accounts()
 
     def push(self, event: Event, prompt_index: int = 0) -> list[Frame]:
+        self._accounts.push(event)
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, PromptProcessed):
-            self._cached_tokens = event.cached_tokens
-            usage = _usage(Usage(len(event.prompt_token_ids), 0, event.cached_tokens))
-            return [typed_frame({"type": "message_start", "message": {**self._message, "content": [], "usage": usage}})]
+            message = {**self._message, "content": [], "usage": _usage(self._accounts)}
+            return [typed_frame({"type": "message_start", "message": message})]
         if isinstance(event, Finished):
-            usage = _usage(_with_cached(event.usage, self._cached_tokens))
-            end = {"type": "message_delta", "delta": _stop(event), "usage": usage}
+            end = {"type": "message_delta", "delta": _stop(event), **_reckoning(self._accounts)}
             return [*map(typed_frame, self._blocks.stop()), typed_frame(end)]
         return [typed_frame(payload) for payload in self._blocks.push(event)]
 
@@ -416,13 +414,12 @@ class Projector:
 def build_response(call: Call, results: Sequence[GenerationResult], model: str, created: int) -> dict[str, Any]:
     """The whole answer at once: the blocks that its stream would have made."""
     completion = results[0].completions[0]
-    usage = Usage(
-        len(results[0].prompt_token_ids),
-        completion.usage.completion_tokens,
-        results[0].cached_tokens,
-        completion.usage.reasoning_tokens,
-    )
-    return {**_message(call, model), "content": _content(call, completion), **_stop(completion), "usage": _usage(usage)}
+    return {
+        **_message(call, model),
+        "content": _content(call, completion),
+        **_stop(completion),
+        **_reckoning(Accounts.of_results(results)),
+    }
 
 
 def _content(call: Call, completion: Completion) -> list[dict[str, Any]]:
@@ -461,18 +458,19 @@ def _stop(end: Finished | Completion) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": None}
 
 
-def _with_cached(usage: Usage, cached_tokens: int) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens, cached_tokens, usage.reasoning_tokens)
+def _reckoning(accounts: Accounts) -> dict[str, Any]:
+    """Usage, and beside it the timings that the other wire formats give too."""
+    return {"usage": _usage(accounts), "timings": accounts.timings_body()}
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def _usage(accounts: Accounts) -> dict[str, Any]:
     """Anthropic counts what came from the cache beside the other input tokens, not among them."""
     return {
-        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "input_tokens": accounts.prompt_tokens - accounts.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": usage.cached_tokens,
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
+        "cache_read_input_tokens": accounts.cached_tokens,
+        "output_tokens": accounts.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": accounts.reasoning_tokens},
     }
 
 

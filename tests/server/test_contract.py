@@ -71,7 +71,7 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     ],
     "include_usage: a last chunk with choices: []": [(CHAT, "test_stream")],
     "cached_tokens and reasoning_tokens always; timings": [
-        (CHAT, "test_whole_answer"),
+        *[(file, "test_whole_answer") for file in (CHAT, RESPONSES, MESSAGES)],
         (CHAT, "test_stream_without_usage_ends_with_timings_then_done"),
     ],
     "After 10 s without bytes: a no-op chunk on chat": [(CHAT, "test_silence_is_filled_with_empty_chunks")],

@@ -65,7 +65,7 @@ def test_whole_answer(serve: Serve) -> None:
     )
     assert got.id == f"msg_{engine.requests[0].request_id}"
     assert (got.usage.input_tokens, got.usage.cache_read_input_tokens, got.usage.output_tokens) == (3, 2, 3)
-    assert got.usage.cache_creation_input_tokens == 0
+    assert got.usage.cache_creation_input_tokens == 0 and got.timings["predicted_n"] == 3
     params = engine.requests[0].sampling_params
     assert (params.max_tokens, params.stop, params.temperature, params.top_k, params.top_p, params.seed) == (
         99,

@@ -238,7 +238,7 @@ def join(payloads: list[dict[str, Any]]) -> dict[str, Any]:
         kind = payload["type"]
         if kind == "message_delta":
             assert open_block is None
-            message |= payload["delta"] | {"usage": payload["usage"]}
+            message |= payload["delta"] | {name: payload[name] for name in ("usage", "timings")}
             continue
         if kind == "content_block_start":
             assert open_block is None and payload["index"] == len(message["content"])
