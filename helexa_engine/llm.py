@@ -364,7 +364,7 @@ def _request(
     chat_template_kwargs: Mapping[str, Any] | None,
 ) -> GenerateRequest:
     params = sampling_params or SamplingParams()
-    structured = _structured(response_format)
+    structured = StructuredOutput.of_response_format(response_format)
     if structured is not None:
         if params.structured is not None:
             raise InvalidRequest("response_format", "expected either this or sampling_params.structured, got both")
@@ -378,21 +378,3 @@ def _request(
         sampling_params=params,
         request_id=new_request_id(),
     )
-
-
-def _structured(response_format: Mapping[str, Any] | None) -> StructuredOutput | None:
-    """OpenAI's ``response_format`` as a constraint; ``{"type": "text"}`` is none."""
-    if response_format is None:
-        return None
-    kind = response_format.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return StructuredOutput(json_object=True)
-    if kind == "json_schema":
-        wrapper = response_format.get("json_schema")
-        schema = wrapper.get("schema") if isinstance(wrapper, Mapping) else None
-        if not isinstance(schema, Mapping):
-            raise InvalidRequest("response_format.json_schema.schema", f"expected a JSON schema, got {schema!r:.80}")
-        return StructuredOutput(json_schema=schema)
-    raise InvalidRequest("response_format.type", f"expected text, json_object or json_schema; got {kind!r:.80}")

@@ -34,7 +34,7 @@ class StructuredOutput:
         json_schema: a JSON Schema as a dict, or as JSON text.
         json_object: any JSON object.
         regex: a regular expression in llguidance's (Rust) syntax.
-        grammar: a Lark grammar in llguidance's dialect.
+        grammar: a Lark grammar in llguidance's dialect, or one in llama.cpp's GBNF.
         path: where the constraint stood in the request, for an error that it cannot be enforced; by default the field's name here.
     """
 
@@ -50,6 +50,37 @@ class StructuredOutput:
             raise InvalidRequest(
                 "structured", f"expected exactly one of json_schema, json_object, regex, grammar; got {given}"
             )
+
+    @classmethod
+    def of_response_format(cls, response_format: Mapping[str, Any] | None) -> StructuredOutput | None:
+        """OpenAI's ``response_format``, with llama-server's ``schema`` beside ``json_object``; ``text`` is no constraint.
+
+        Raises:
+            InvalidRequest: naming the place below ``response_format``.
+        """
+        if response_format is None:
+            return None
+        kind = response_format.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            if response_format.get("schema") is None:
+                return cls(json_object=True, path="response_format")
+            schema, path = response_format["schema"], "response_format.schema"
+        elif kind == "json_schema":
+            # OpenAI nests the schema under a name; llama-server also takes it directly.
+            wrapper = response_format.get("json_schema")
+            if wrapper is None:
+                schema, path = response_format.get("schema"), "response_format.json_schema"
+            elif isinstance(wrapper, Mapping):
+                schema, path = wrapper.get("schema"), "response_format.json_schema.schema"
+            else:
+                schema, path = wrapper, "response_format.json_schema"
+        else:
+            raise InvalidRequest("response_format.type", f"expected text, json_object or json_schema, got {kind!r:.80}")
+        if not isinstance(schema, Mapping):
+            raise InvalidRequest(path, f"expected a JSON Schema object, got {schema!r:.80}")
+        return cls(json_schema=schema, path=path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,7 @@ class GrammarCompiler:
         if spec.regex is not None:
             return self._state("regex", spec.regex, _path(spec), thinking)
         assert spec.grammar is not None
-        return self._state("lark", spec.grammar, _path(spec), thinking)
+        return self._state("lark", _lark(spec.grammar, _path(spec)), _path(spec), thinking)
 
     def compile_tool_calls(
         self,
@@ -269,6 +269,18 @@ class GrammarCompiler:
         return LLTokenizer(TokenizerWrapper(Adapter()), eos_token=ends)
 
 
+def _lark(grammar: str, path: str) -> str:
+    """``grammar`` as Lark. llama.cpp's GBNF is told by its ``::=``, which is no Lark. Raises :class:`InvalidRequest`."""
+    if "::=" not in grammar:
+        return grammar
+    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(grammar)
+    except (GbnfToLarkError, RecursionError) as error:
+        raise InvalidRequest(path, f"expected a grammar in GBNF or Lark: {error}") from None
+
+
 def _path(spec: StructuredOutput) -> str:
     """Where the request has the constraint."""
     if spec.path != "structured":
@@ -330,9 +342,12 @@ def _xml_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
             rule = f"value_{i}_{k}"
             head, tail = json.dumps(f"<parameter={key}>\n"), json.dumps(f"\n{CLOSE_PARAMETER}\n")
             words = _words(schema, definitions)
+            kinds = types_of(schema, {"$defs": definitions})
+            if kinds == {"boolean"}:
+                words = ["true", "false", "True", "False"]  # templates show them as Python writes them
             if words:
                 rules.append(f"{rule}: ({' | '.join(map(json.dumps, words))}) {tail}")
-            elif "string" in (kinds := types_of(schema, {"$defs": definitions})) or not kinds:
+            elif "string" in kinds or not kinds:
                 rules.append(f"{rule}[suffix={tail}]: /(?s:.*)/")
             else:
                 value = dict(schema) | {"$defs": definitions, "x-guidance": _LENIENT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,16 @@ LEAST_LOGPROB = -9999.0
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+
+
+class StructuredOutputs(msgspec.Struct):
+    """vLLM's ``structured_outputs``."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
@@ -45,6 +56,11 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     def sampling_params(
         self,
@@ -78,15 +94,39 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         )
 
     def structured_output(self) -> StructuredOutput | None:
-        """The one constraint of ``response_format``, ``json_schema``, ``regex`` and ``grammar``, if any."""
-        constraints = {
-            "response_format": _response_format(self.response_format),
-            "json_schema": (
-                None if self.json_schema is None else StructuredOutput(json_schema=self.json_schema, path="json_schema")
-            ),
-            "regex": None if self.regex is None else StructuredOutput(regex=self.regex, path="regex"),
-            "grammar": None if self.grammar is None else StructuredOutput(grammar=self.grammar, path="grammar"),
+        """The one constraint that was asked for, if any: ``response_format``, llama-server's ``json_schema`` and ``grammar``,
+        ``regex``, or vLLM's ``structured_outputs`` in its new and old spelling."""
+        outputs = self.structured_outputs or StructuredOutputs()
+        schemas = {
+            "json_schema": self.json_schema,
+            "guided_json": self.guided_json,
+            "structured_outputs.json": outputs.json,
         }
+        regexes = {
+            "regex": self.regex,
+            "guided_regex": self.guided_regex,
+            "structured_outputs.regex": outputs.regex,
+        }
+        grammars = {
+            "grammar": self.grammar,
+            "guided_grammar": self.guided_grammar,
+            "structured_outputs.grammar": outputs.grammar,
+        }
+        choices = {"guided_choice": self.guided_choice, "structured_outputs.choice": outputs.choice}
+        constraints: dict[str, StructuredOutput | None] = {
+            "response_format": StructuredOutput.of_response_format(self.response_format)
+        }
+        for path, schema in schemas.items():
+            constraints[path] = None if schema is None else StructuredOutput(json_schema=schema, path=path)
+        for path, regex in regexes.items():
+            constraints[path] = None if regex is None else StructuredOutput(regex=regex, path=path)
+        for path, grammar in grammars.items():
+            constraints[path] = None if grammar is None else StructuredOutput(grammar=grammar, path=path)
+        for path, words in choices.items():
+            constraints[path] = None if words is None else _one_of(words, path)
+        if outputs.json_object:
+            path = "structured_outputs.json_object"
+            constraints[path] = StructuredOutput(json_object=True, path=path)
         given = [name for name, constraint in constraints.items() if constraint is not None]
         if len(given) > 1:
             raise InvalidRequest(given[1], f"expected at most one constraint, got {' and '.join(given)}")
@@ -97,30 +137,11 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-def _response_format(response_format: dict[str, Any] | None) -> StructuredOutput | None:
-    if response_format is None:
-        return None
-    kind = response_format.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        if response_format.get("schema") is None:
-            return StructuredOutput(json_object=True)
-        schema, path = response_format["schema"], "response_format.schema"
-    elif kind == "json_schema":
-        # OpenAI nests the schema under a name; llama-server also takes it directly.
-        wrapper = response_format.get("json_schema")
-        if wrapper is None:
-            schema, path = response_format.get("schema"), "response_format.json_schema"
-        elif isinstance(wrapper, dict):
-            schema, path = wrapper.get("schema"), "response_format.json_schema.schema"
-        else:
-            schema, path = wrapper, "response_format.json_schema"
-    else:
-        raise InvalidRequest("response_format.type", f"expected text, json_object or json_schema, got {kind!r:.80}")
-    if not isinstance(schema, dict):
-        raise InvalidRequest(path, f"expected a JSON Schema object, got {schema!r:.80}")
-    return StructuredOutput(json_schema=schema, path=path)
+def _one_of(words: Sequence[str], path: str) -> StructuredOutput:
+    """One of ``words`` and nothing else."""
+    if not words or not all(words):
+        raise InvalidRequest(path, f"expected words to choose from, got {list(words)!r:.80}")
+    return StructuredOutput(grammar="start: " + " | ".join(map(json.dumps, words)), path=path)
 
 
 #: Most tokens of thinking for an effort; None is no limit. ``none`` turns thinking off.

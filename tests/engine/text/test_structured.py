@@ -67,6 +67,7 @@ def accepts(state, tokenizer, text, *, special=False, end=True):
         ({"json_schema": json.dumps(SCHEMA)}, ['{"city": "世界", "days": 3}'], ["{}"]),
         ({"regex": "[a-c]{2,3}(é|🦙)"}, ["abé", "cba🦙"], ["aé", "abcc", "xé"]),
         ({"grammar": 'start: "yes" | "no" " " /[0-9]+/'}, ["yes", "no 42"], ["no", "maybe"]),
+        ({"grammar": 'root ::= "yes" | "no" " " num # GBNF\nnum ::= [0-9]+'}, ["yes", "no 42"], ["no", "maybe"]),
     ],
 )
 def test_masks(compiler, tokenizer, spec, good, bad):
@@ -231,6 +232,7 @@ def test_values_of_tags_follow_references_and_lists(compiler, tokenizer):
             "box": {"$ref": "#/definitions/Box"},
             "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
             "any": {},
+            "on": {"type": "boolean"},
         },
         "required": ["mode", "box"],
     }
@@ -247,6 +249,8 @@ def test_values_of_tags_follow_references_and_lists(compiler, tokenizer):
         return accepts(compiler.compile_tool_calls([tool], syntax="xml"), tokenizer, text, special=True)
 
     assert ok(call(mode="slow", box="3")) and ok(call(mode="fast", box="3", note="a <b>\nc", any="[1"))
+    assert ok(call(mode="slow", box="3", on="true")) and ok(call(mode="slow", box="3", on="False"))
+    assert not ok(call(mode="slow", box="3", on="1"))
     assert not ok(call(mode="slower", box="3")) and not ok(call(mode="slow", box="three")) and not ok(call(mode="slow"))
 
 
@@ -294,6 +298,7 @@ def test_copies_and_masks_ahead(compiler, tokenizer, monkeypatch, large):
         ({"regex": "a(b"}, r"structured.regex: .*unclosed group"),
         ({"grammar": "start: nope"}, r"structured.grammar"),
         ({"grammar": "start: ("}, r"structured.grammar"),
+        ({"grammar": "root ::= (("}, r"structured.grammar: expected a grammar in GBNF or Lark"),
     ],
 )
 def test_unsupported_is_named(compiler, spec, words):

@@ -141,6 +141,16 @@ def test_sampling_fields() -> None:
         ({"json_schema": SCHEMA}, StructuredOutput(json_schema=SCHEMA)),
         ({"regex": "a+"}, StructuredOutput(regex="a+")),
         ({"grammar": 'start: "a"'}, StructuredOutput(grammar='start: "a"')),
+        ({"structured_outputs": {"json": SCHEMA}}, StructuredOutput(json_schema=SCHEMA)),
+        ({"structured_outputs": {"regex": "a+"}}, StructuredOutput(regex="a+")),
+        ({"structured_outputs": {"choice": ["a b", '"']}}, StructuredOutput(grammar='start: "a b" | "\\""')),
+        ({"structured_outputs": {"grammar": "root ::= a"}}, StructuredOutput(grammar="root ::= a")),
+        ({"structured_outputs": {"json_object": True}}, StructuredOutput(json_object=True)),
+        ({"structured_outputs": {}}, None),
+        ({"guided_json": SCHEMA}, StructuredOutput(json_schema=SCHEMA)),
+        ({"guided_regex": "a+"}, StructuredOutput(regex="a+")),
+        ({"guided_choice": ["a", "b"]}, StructuredOutput(grammar='start: "a" | "b"')),
+        ({"guided_grammar": "root ::= a"}, StructuredOutput(grammar="root ::= a")),
     ],
 )
 def test_structured_output(fields: dict[str, Any], expected: StructuredOutput | None) -> None:
@@ -214,6 +224,9 @@ def test_tool_choice() -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
         ({"regex": "a", "grammar": "b"}, "grammar"),
+        ({"regex": "a", "structured_outputs": {"json_object": True}}, "structured_outputs.json_object"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
         ({"seed": 2**64}, "seed"),
     ],
 )
