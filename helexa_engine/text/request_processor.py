@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InvalidRequest
@@ -27,7 +27,17 @@ from ..generate_request import GenerateRequest
 from ..sampling_params import SamplingParams
 from .chat_template import ChatTemplate
 from .detokenizer import Detokenizer
-from .output_parser import CLOSE_THINK, OPEN_THINK, CallArguments, CallStart, Content, OutputParser, Piece, Reasoning
+from .output_parser import (
+    CLOSE_THINK,
+    OPEN_CALL,
+    OPEN_THINK,
+    CallArguments,
+    CallStart,
+    Content,
+    OutputParser,
+    Piece,
+    Reasoning,
+)
 from .stop_checker import StopChecker
 from .structured import GrammarCompiler, GrammarState
 from .thinking import Thinking, ThinkingControl
@@ -91,7 +101,8 @@ class RequestProcessor:
     def prepare(self, request: GenerateRequest) -> PreparedRequest:
         """Raises :class:`InvalidRequest` and :class:`TemplateRenderFailed`; the length of the prompt is the engine's to judge."""
         chat = request.messages is not None
-        tools = self._tools(request) if chat else None
+        shown = self._tools(request) if chat else None
+        tools = None if request.tool_choice == "none" else shown
         prompt_text = None
         if chat:
             prompt_token_ids = self.encode_chat(request)
@@ -106,6 +117,8 @@ class RequestProcessor:
             prompt_text = self.tokenizer.decode(prompt_token_ids)
         thinking = self.thinking(prompt_token_ids) if chat else "no"
         params = request.sampling_params.with_defaults(self.generation_config)
+        if shown and not tools and (opening := self.tokenizer.token_id(OPEN_CALL)) is not None:
+            params = replace(params, logit_bias={**(params.logit_bias or {}), opening: -100.0})
 
         def make_output(index: int) -> OutputProcessor:
             parser = OutputParser(thinking=thinking == "open", parse_thinking=chat, tools=tools)
@@ -150,7 +163,11 @@ class RequestProcessor:
         return self.chat_template
 
     def _tools(self, request: GenerateRequest) -> list[Mapping[str, Any]] | None:
-        """Tools to show and to listen for; checks them and ``tool_choice``."""
+        """Tools to show; checks them and ``tool_choice``.
+
+        With ``none`` they are shown all the same, so that the prompt keeps the prefix of the turns before, and calls are kept from
+        the model by their opening tag.
+        """
         choice = request.tool_choice
         tools = list(request.tools or ())
         names = []
@@ -170,9 +187,11 @@ class RequestProcessor:
             )
         elif choice == "required" and not tools:
             raise InvalidRequest("tool_choice", "is 'required', but there are no tools")
-        if not tools or choice == "none":
+        if not tools:
             return None
         if not self._template().capabilities.tools:
+            if choice == "none":
+                return None
             raise InvalidRequest("tools", "this model's chat template has no place for tools")
         return tools
 

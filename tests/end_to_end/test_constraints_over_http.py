@@ -175,6 +175,33 @@ def test_thinking_budget(client: openai.OpenAI) -> None:
         assert (getattr(free, "reasoning_content", None) or "").startswith(thought)
 
 
+def test_stop_thinking(live: Live) -> None:
+    """A model that is made to think to the end of its tokens, told to answer in the middle of it."""
+    engine: Any = live.model.engine
+    opening, closing = (engine.tokenizer.token_id(tag) for tag in ("<think>", "</think>"))
+    with live.openai(timeout=120) as client, live.http() as http:
+        endless = {str(opening): 100, str(closing): -100}
+        chunks = ask(client, reasoning_effort="high", logit_bias=endless, max_tokens=1900, stream=True)
+        kinds = []
+        for chunk in chunks:
+            delta = chunk.choices[0].delta
+            if getattr(delta, "reasoning_content", None):
+                if not kinds:
+                    assert http.post(f"/v1/requests/{chunk.id}/stop-thinking").json()["stopped"] == 1
+                kinds.append("reasoning")
+            elif delta.content:
+                kinds.append("content")
+    assert kinds[0] == "reasoning" and kinds[-1] == "content" and kinds == sorted(kinds, reverse=True)
+
+
+def test_no_calls_where_the_client_wants_none(client: openai.OpenAI, live: Live) -> None:
+    """Not even those that the model is bent on making."""
+    engine: Any = live.model.engine
+    bent = {str(engine.tokenizer.token_id("<tool_call>")): 60}
+    options = {"tools": [CLOCK], "reasoning_effort": "none", "logit_bias": bent, "max_tokens": 30}
+    assert "<tool_call>" not in (ask(client, tool_choice="none", **options).choices[0].message.content or "")
+
+
 def test_constrained_answers_beside_free_ones_change_nothing(live: Live) -> None:
     """Several at once, each with its own constraint or none: each as it would be alone."""
     import concurrent.futures

@@ -262,7 +262,11 @@ def test_a_refused_prompt_in_a_list_aborts_the_others(llm: LLM) -> None:
         (lambda m: m.logits([1, 100_000]), InvalidRequest, r"prompt\[1\]: expected a token id below 400"),
         (lambda m: m.chat([]), InvalidRequest, "messages: expected at least one"),
         (lambda m: m.chat(HELLO, response_format={"type": "yaml"}), InvalidRequest, "response_format.type"),
-        (lambda m: m.chat(HELLO, response_format={"type": "json_schema"}), InvalidRequest, "response_format.json_schema"),
+        (
+            lambda m: m.chat(HELLO, response_format={"type": "json_schema"}),
+            InvalidRequest,
+            "response_format.json_schema",
+        ),
         (lambda m: next(m.stream()), InvalidRequest, "exactly one of prompt and messages"),
         (lambda m: m.generate("a", SamplingParams(stop_token_ids=[999_999])), InvalidRequest, "stop_token_ids"),
     ],

@@ -24,6 +24,9 @@ WIRE_RESPONSES, WIRE_MESSAGES = "server/wire/test_openai_responses.py", "server/
 DEMO = "end_to_end/test_demo_over_http.py"
 PARSER, STRUCTURED = "engine/text/test_output_parser.py", "engine/text/test_structured.py"
 ENGINE = "engine/runtime/test_engine.py"
+TURNS, PROCESSOR = "engine/text/test_messages.py", "engine/text/test_request_processor.py"
+AGENTS, CUTS = "server/wire/test_agents.py", "server/wire/test_cuts.py"
+CONSTRAINTS, SAMPLING = "end_to_end/test_constraints_over_http.py", "end_to_end/test_sampling_over_http.py"
 
 ROWS: dict[str, list[tuple[str, str]]] = {
     # -- Routes
@@ -48,7 +51,10 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "GET /discovery": [(ROUTES_FILE, "test_discovery")],
     "GET /metrics": [(METRICS, "test_requests_are_counted_and_timed")],
     "POST /v1/requests/{id}/cancel": [(ROUTES_FILE, "test_cancel"), (ROUTES_FILE, "test_cancel_in_mid_stream")],
-    "POST /v1/requests/{id}/stop-thinking": [(ROUTES_FILE, "test_cancel")],
+    "POST /v1/requests/{id}/stop-thinking": [
+        (ROUTES_FILE, "test_cancel"),
+        (CONSTRAINTS, "test_stop_thinking"),
+    ],
     "/v1/embeddings answers 501 with the envelope where the model can't": [
         (ROUTES_FILE, "test_embeddings_are_not_implemented_and_not_repeated")
     ],
@@ -68,6 +74,7 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "Fragments concatenate to valid JSON, while the model writes them, for both Qwen syntaxes": [
         (PARSER, "test_arguments_stream_while_they_are_written"),
         (PARSER, "test_chunking_does_not_matter_and_calls_are_json"),
+        (PARSER, "test_no_string_lags_behind_by_more_than_what_may_be_a_tag"),
     ],
     "include_usage: a last chunk with choices: []": [(CHAT, "test_stream")],
     "cached_tokens and reasoning_tokens always; timings": [
@@ -89,6 +96,9 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         (RESPONSES, "test_error_in_mid_stream_is_an_error_event_and_a_failed_response"),
         (MESSAGES, "test_error_in_mid_stream_is_an_error_event"),
     ],
+    "Streamed content, joined, equals the non-streamed answer: over every cut of its bytes": [
+        (CUTS, "test_the_joined_stream_is_the_whole_answer_wherever_tokens_end")
+    ],
     "Streamed content, joined, equals the non-streamed answer": [
         (file, "test_joined_stream_equals_the_whole_answer")
         for file in (WIRE_CHAT, WIRE_COMPLETIONS, WIRE_RESPONSES, WIRE_MESSAGES)
@@ -108,21 +118,40 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "stop; n; seed; logit_bias; penalties; min_p, top_k, ignore_eos, min_tokens": [
         (WIRE_CHAT, "test_sampling_fields"),
         (CHAT, "test_several_answers"),
+        (SAMPLING, "test_stop_strings_and_stop_tokens"),
+        (SAMPLING, "test_n_answers_differ_and_the_seed_repeats_them"),
+        (SAMPLING, "test_logit_bias_forbids_and_forces"),
+        (SAMPLING, "test_penalties_keep_from_repeating"),
+        (SAMPLING, "test_temperature_zero_is_the_likeliest_and_top_k_and_top_p_and_min_p_come_down_to_it"),
+        (SAMPLING, "test_ends_of_turn_are_ignored_or_put_off"),
     ],
-    "logprobs, top_logprobs": [(CHAT, "test_logprobs"), (WIRE_RESPONSES, "test_logprobs_go_with_their_text")],
+    "logprobs, top_logprobs": [
+        (CHAT, "test_logprobs"),
+        (SAMPLING, "test_logprobs"),
+        (WIRE_RESPONSES, "test_logprobs_go_with_their_text"),
+    ],
     "tool_choice none, auto, required, named": [
+        (CONSTRAINTS, "test_no_calls_where_the_client_wants_none"),
+        (CONSTRAINTS, "test_a_named_call_whatever_the_model_would_say"),
         (WIRE_CHAT, "test_tool_choice"),
         (WIRE_RESPONSES, "test_settings"),
         (WIRE_MESSAGES, "test_tool_choice"),
     ],
     "parallel_tool_calls": [
-        (file, "test_one_call_when_parallel_calls_are_off") for file in (CHAT, RESPONSES, MESSAGES)
+        (CONSTRAINTS, "test_required_calls_may_be_several_unless_the_client_says_no"),
+        *[(file, "test_one_call_when_parallel_calls_are_off") for file in (CHAT, RESPONSES, MESSAGES)],
     ],
     "response_format json_object and json_schema, llama.cpp's schema, regex, grammar": [
         (WIRE_CHAT, "test_structured_output"),
+        (CONSTRAINTS, "test_formats"),
         (WIRE_RESPONSES, "test_text_format"),
         (MESSAGES, "test_structured_output"),
     ],
+    "A schema keyword that cannot be enforced is a 400 that names it": [
+        (STRUCTURED, "test_unsupported_is_named"),
+        (CONSTRAINTS, "test_what_a_schema_cannot_be_held_to_is_a_400_that_names_it"),
+    ],
+    "A thinking budget": [(CONSTRAINTS, "test_thinking_budget"), (WIRE_CHAT, "test_thinking_budget")],
     "reasoning_effort, chat_template_kwargs": [
         (WIRE_CHAT, "test_thinking"),
         (WIRE_RESPONSES, "test_settings"),
@@ -138,6 +167,26 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         (WIRE_CHAT, "test_an_image_is_refused_by_its_own_code"),
         (WIRE_RESPONSES, "test_an_image_is_refused_by_its_own_code"),
         (WIRE_MESSAGES, "test_what_is_no_text_is_refused_by_its_own_code"),
+    ],
+    # -- Message normalisation
+    "Templates are probed once at load": [(PROCESSOR, "test_templates_are_probed_when_the_model_is_loaded")],
+    "developer is system; content null is allowed; the billing header is dropped": [
+        (TURNS, "test_reading"),
+        (TURNS, "test_a_message_that_is_only_the_billing_header_is_dropped"),
+    ],
+    "Leading system messages merge; later ones are turned in place when the template refuses them, never hoisted": [
+        (TURNS, "test_fitting"),
+        (TURNS, "test_what_comes_later_changes_nothing_before_it"),
+    ],
+    "Same-role turns merge when the template demands it": [(TURNS, "test_a_template_that_demands_turns_gets_them")],
+    "String tool arguments become objects": [(TURNS, "test_arguments_become_objects")],
+    "Unknown content blocks and hosted tool types are skipped with one log line": [
+        (TURNS, "test_unknown_parts_cost_one_line_a_request"),
+        (WIRE_CHAT, "test_unknown_parts_and_hosted_tools_are_skipped_with_a_log_line"),
+        (AGENTS, "test_all_that_was_said_is_in_the_prompt"),
+    ],
+    "Old reasoning is kept or dropped as the template says, stably": [
+        (AGENTS, "test_each_prompt_begins_with_the_one_before")
     ],
     # -- Responses
     "Responses: typed items or a plain string; instructions; calls, their output, reasoning items": [

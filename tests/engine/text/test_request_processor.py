@@ -100,6 +100,24 @@ def test_calls_are_text_without_tools_and_with_choice_none(processor):
     assert run(processor, CALL, tools=[TOOL], tool_choice="none")[0].text == CALL
 
 
+def test_without_calls_the_prompt_is_the_same_and_their_tag_is_barred(processor, tokenizer):
+    auto, none = (
+        processor.prepare(GenerateRequest(messages=USER, tools=[TOOL], tool_choice=choice))
+        for choice in ("auto", "none")
+    )
+    assert none.prompt_token_ids == auto.prompt_token_ids
+    assert (none.params.logit_bias, auto.params.logit_bias) == ({tokenizer.token_id("<tool_call>"): -100.0}, None)
+
+
+def test_templates_are_probed_when_the_model_is_loaded(tokenizer, monkeypatch):
+    template = ChatTemplate.for_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", tokenizer)
+    processor, renderings = RequestProcessor(tokenizer, template), []
+    monkeypatch.setattr(template, "_run", lambda variables, *_: renderings.append(variables) or "x")
+    for _ in range(2):
+        processor.prepare(GenerateRequest(messages=USER))
+    assert len(renderings) == 2
+
+
 def test_stop_strings(processor):
     result, ids = run(processor, "one two three", sampling_params=SamplingParams(stop="o th"))
     completion = result.completions[0]
@@ -200,6 +218,7 @@ def test_models_without_template_or_without_tools(tokenizer):
     plain = RequestProcessor(tokenizer, ChatTemplate.for_tokenizer("{{ messages[0].content }}", tokenizer))
     with pytest.raises(InvalidRequest, match="no place for tools"):
         plain.prepare(GenerateRequest(messages=USER, tools=[TOOL]))
+    assert plain.prepare(GenerateRequest(messages=USER, tools=[TOOL], tool_choice="none")).params.logit_bias is None
 
 
 def test_imports_stay_light():
