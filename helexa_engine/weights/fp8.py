@@ -38,6 +38,7 @@ def _e4m3_values() -> npt.NDArray[np.float32]:
 
 
 E4M3_VALUES = _e4m3_values()
+_MAX_SCALE = np.finfo(np.float32).max / np.nanmax(E4M3_VALUES)  # beyond it the largest code becomes infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,8 @@ class Fp8Scheme:
         def compute() -> np.ndarray:
             scales = scale.values().reshape(-1, -(-rows // block_rows), -(-cols // block_cols))
             scales = np.broadcast_to(scales, (matrices, *scales.shape[1:]))
-            if not np.isfinite(scales).all():
-                raise UnsupportedCheckpoint("NaN or infinite scales", place)
+            if not (np.abs(scales) <= _MAX_SCALE).all():
+                raise UnsupportedCheckpoint("scales that are NaN or too large", place)
             stored = codes.data.reshape(matrices, rows, cols)
             out = np.empty((matrices, rows, cols), np.uint16)
             for i in range(matrices):

@@ -141,9 +141,10 @@ def test_refusals_name_what_to_take_instead(tmp_path: Path, config: Any, words: 
 def test_missing_and_wrong_scales_are_named(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     coded, _ = write_both(tmp_path)
-    edit(coded, lambda tensors: tensors[f"{name}_scale_inv"].fill_(float("nan")))
-    with open_checkpoint(coded) as checkpoint, pytest.raises(UnsupportedCheckpoint, match=f"{name}_scale_inv.*NaN"):
-        _ = checkpoint.tensor(name).data
+    for value in (float("nan"), float("inf"), 1e38):  # the last overflows with the largest code
+        edit(coded, lambda tensors, value=value: tensors[f"{name}_scale_inv"].fill_(value))
+        with open_checkpoint(coded) as checkpoint, pytest.raises(UnsupportedCheckpoint, match=f"{name}_scale_inv.*NaN"):
+            _ = checkpoint.tensor(name).data
     edit(coded, lambda tensors: tensors.pop(f"{name}_scale_inv"))
     with pytest.raises(UnsupportedCheckpoint, match=rf"{name}.*without its scales \({name}_scale_inv\)"):
         open_checkpoint(coded)
