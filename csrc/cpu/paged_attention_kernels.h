@@ -3,11 +3,18 @@
 
 constexpr int kDotBlock = 32;  // a score is summed in blocks of this many dimensions: smaller rounding errors
 
-// Keys of a page, transposed and converted: out[d][key], for the first `vectors` vectors of keys.
+// Keys of a page, transposed and converted: out[d][key], for the first `vectors` vectors of keys. Meanwhile as much as
+// these keys take is fetched from two other places: pages lie scattered, so the processor does not foresee them.
 template <class T>
-void transpose_keys(const T* keys, int head_dim, int vectors, float* out) {
+void transpose_keys(const T* keys, int head_dim, int vectors, float* out, const T* soon, const T* next) {
+  constexpr int kBlock = Vec::kWidth * Vec::kWidth, kLine = 64 / int(sizeof(T));
   for (int v = 0; v < vectors; ++v) {
     for (int d = 0; d < head_dim; d += Vec::kWidth) {
+      const int64_t done = int64_t(v) * Vec::kWidth * head_dim + int64_t(d) * Vec::kWidth;
+      for (int i = 0; i < kBlock; i += kLine) {
+        __builtin_prefetch(soon + done + i, 0, 3);
+        __builtin_prefetch(next + done + i, 0, 2);
+      }
       Vec::transpose(keys + int64_t(v) * Vec::kWidth * head_dim + d, head_dim, out + d * kPageSize + v * Vec::kWidth,
                      kPageSize);
     }
@@ -131,7 +138,11 @@ void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratc
     const int vectors = (num_keys + Vec::kWidth - 1) / Vec::kWidth;
     const int64_t place =
         (int64_t(pages[first_key / kPageSize]) * p.num_kv_heads + tile.kv_head) * kPageSize * head_dim;
-    transpose_keys(static_cast<const T*>(p.k_cache) + place, head_dim, vectors, keys);
+    const T* v = static_cast<const T*>(p.v_cache) + place;
+    const int64_t next_page = pages[first_key + kPageSize < length ? first_key / kPageSize + 1 : first_key / kPageSize];
+    const int64_t next_place = (next_page * p.num_kv_heads + tile.kv_head) * kPageSize * head_dim;
+    const T* k = static_cast<const T*>(p.k_cache);
+    transpose_keys(k + place, head_dim, vectors, keys, v, k + next_place);
     for (int d = 0; d < head_dim; d += kDotBlock) {
       multiply(queries + d, head_dim, keys + d * kPageSize, kPageSize,
                head_dim - d < kDotBlock ? head_dim - d : kDotBlock, d ? ones : nullptr, scores, kPageSize, rows,
@@ -142,7 +153,6 @@ void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratc
       const int valid = visible < 0 ? 0 : visible < num_keys ? int(visible) : num_keys;
       factor[r] = softmax_step(scores + r * kPageSize, valid, vectors, maximum + r, sum + r);
     }
-    const T* v = static_cast<const T*>(p.v_cache) + place;
     if (rows <= kRows || sizeof(T) == sizeof(float)) {  // each value is used once, or needs no conversion
       multiply(scores, kPageSize, v, head_dim, num_keys, factor, context, head_dim, rows, head_dim / Vec::kWidth);
     } else {
