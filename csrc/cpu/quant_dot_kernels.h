@@ -507,18 +507,23 @@ template <QuantType kType, int kGroups, int kRows>
 void float_matvec_rows(const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x, int64_t chunk_stride,
                        float* sums) {
   using Step = FloatStep<kType>;
+  // Each of two groups reads on where its next one is: neighbours are followed by two others, a gate and its up by
+  // theirs.
+  const int64_t group_bytes = (cols + Step::kColumns - 1) / Step::kColumns * Step::kBytes;
+  const int64_t padded = (group_bytes + 63) / 64 * 64, skipped = kGroups == 2 && b - a == padded ? padded : 0;
   const uint8_t* w[2] = {a, b};
   F total[kRows][kGroups];
   for (int r = 0; r < kRows; ++r)
     for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::zero();
   for (int64_t k0 = 0; k0 < cols; k0 += kChunk, x += chunk_stride) {
     const int steps = div_up(cols - k0 < kChunk ? cols - k0 : kChunk, Step::kColumns);
+    const int64_t at = k0 / Step::kColumns * Step::kBytes;
+    const int64_t ahead = k0 + kChunk < cols ? at + kChunk / Step::kColumns * Step::kBytes : padded + skipped;
 #pragma GCC unroll Lanes::kUnroll
     for (int k = 0; k < steps; ++k) {
       for (int n = 0; n < kGroups; ++n) {
-        const uint8_t* at = w[n] + (k0 / Step::kColumns + k) * Step::kBytes;
-        if (Step::kBytes == 64 || k % 2 == 0) prefetch(at, 64);
-        const auto weight = Step::load(at);
+        if (Step::kBytes == 64 || k % 2 == 0) __builtin_prefetch(w[n] + ahead + k * Step::kBytes, 0, 3);
+        const auto weight = Step::load(w[n] + at + k * Step::kBytes);
         for (int r = 0; r < kRows; ++r) total[r][n] = Step::multiply_add(weight, x[r], k, total[r][n]);
       }
     }
