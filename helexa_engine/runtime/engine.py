@@ -228,8 +228,8 @@ class Engine:
         sampling: list[tuple[_Answer, int]] = []
         first = 0
         for chunk in chunks:
-            rows = hidden[first : first + chunk.num_tokens]
-            first += chunk.num_tokens
+            rows = slice(first, first + chunk.num_tokens)
+            first = rows.stop
             answer = self._answers.get(chunk.sequence)
             if answer is None:  # its request failed just now
                 continue
@@ -238,7 +238,7 @@ class Engine:
                 sampling.append((answer, first - 1))
             if answer.scores_prompt:
                 try:
-                    self._score_prompt(answer, chunk, rows)
+                    self._score_prompt(answer, chunk, hidden[rows])
                 except Exception as error:
                     outputs.append(self._fail(answer, error))
         if sampling:

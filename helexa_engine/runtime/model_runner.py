@@ -73,12 +73,12 @@ class ModelRunner:
         self._has_run = False  # a model's first step may prepare things
         self._ready: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and logits of a recorded step
 
-    @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order. A sequence that begins has a fresh state."""
         begin = [chunk.sequence.state_slot for chunk in chunks if chunk.start == 0]
         for cache in self._state_caches if begin else ():
-            cache.clear([slot for slot in begin if slot is not None])
+            with torch.inference_mode():
+                cache.clear([slot for slot in begin if slot is not None])
         num_tokens = self._fill(chunks)
         self._ready = None
         decodes = num_tokens == len(chunks) <= MOST_RECORDED and all(chunk.samples for chunk in chunks)
@@ -86,9 +86,9 @@ class ModelRunner:
             self._ready = self._recorded(num_tokens)
             return self._ready[0]
         self._has_run = True
-        return self.model.forward(self._batch(len(chunks), num_tokens))
+        with torch.inference_mode():
+            return self.model.forward(self._batch(len(chunks), num_tokens))
 
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> Logits:
         """Logits [len(rows), vocab_size] of some rows of the hidden states; valid until the next call."""
         if self._ready is not None and hidden is self._ready[0]:
@@ -96,9 +96,10 @@ class ModelRunner:
             self._ready = None  # a sampler may write into them
             if len(rows) == logits.shape[0]:
                 return logits.numpy()
-        if len(rows) != hidden.shape[0]:
-            hidden = hidden[torch.tensor(rows)]
-        return self.model.logits(hidden).numpy()
+        with torch.inference_mode():
+            if len(rows) != hidden.shape[0]:
+                hidden = hidden[torch.tensor(rows)]
+            return self.model.logits(hidden).numpy()
 
     def _recorded(self, num_sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of a step of one token each."""
@@ -112,7 +113,8 @@ class ModelRunner:
             hidden = self.model.forward(batch)
             return hidden, self.model.logits(hidden)
 
-        step = RecordedStep(function)
+        with torch.inference_mode():
+            step = RecordedStep(function)
         if step.replayable:
             self._steps[num_sequences] = step
         else:
