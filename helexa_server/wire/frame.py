@@ -53,7 +53,9 @@ class Call:
         include_usage: end a stream with a usage frame.
         parallel_tool_calls: False keeps only the first call of each answer.
         hide_reasoning: the client wants to know that there was reasoning, not what it was.
+        summarise_reasoning: the client shows summaries of reasoning only.
         seal_reasoning: the client keeps no text of reasoning and wants it in a form to send back.
+        namespaced: the model's name of a function to the client's namespace and name of it, where the client groups functions.
         repeated: what this wire format says again in its answer, such as the tools.
     """
 
@@ -63,7 +65,9 @@ class Call:
     include_usage: bool = False
     parallel_tool_calls: bool = True
     hide_reasoning: bool = False
+    summarise_reasoning: bool = False
     seal_reasoning: bool = False
+    namespaced: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     repeated: Mapping[str, Any] = field(default_factory=dict)
 
     def keeps(self, event: Delta) -> bool:

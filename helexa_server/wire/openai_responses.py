@@ -58,6 +58,7 @@ class Item(msgspec.Struct):
     encrypted_content: str | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
     output: Any = None
 
@@ -110,7 +111,7 @@ def parse_request(body: bytes) -> Call:
     """The body as a call. Unknown fields are ignored. Raises :class:`InvalidRequest` with the path of the bad field."""
     ask = decode(body, ResponsesBody)
     _refuse_memory(ask)
-    tools = _tools(ask.tools)
+    tools, namespaced = _tools(ask.tools)
     parallel = ask.parallel_tool_calls is not False
     with named(NAMES):
         template_kwargs, budget = thinking_options(
@@ -130,6 +131,8 @@ def parse_request(body: bytes) -> Call:
         requests=(request,),
         stream=bool(ask.stream),
         parallel_tool_calls=parallel,
+        summarise_reasoning=ask.reasoning is not None and ask.reasoning.summary is not None,
+        namespaced=namespaced,
         seal_reasoning=INCLUDE_REASONING in (ask.include or ()),
         repeated={
             "instructions": ask.instructions,
@@ -245,7 +248,9 @@ def _add_message(messages: list[dict[str, Any]], item: Item, path: str) -> None:
 
 
 def _add_call(messages: list[dict[str, Any]], item: Item, path: str) -> None:
-    function = {"name": _given(item, "name", path), "arguments": item.arguments or "{}"}
+    name = _given(item, "name", path)
+    name = _joined(item.namespace, name) if item.namespace else name
+    function = {"name": name, "arguments": item.arguments or "{}"}
     call = {"id": _given(item, "call_id", path), "type": "function", "function": function}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
@@ -304,21 +309,54 @@ def _content(content: Any, path: str) -> str:
 # -- Tools
 
 
-def _tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Function tools in chat's shape; hosted tools, which only their vendor can run, are skipped with one log line."""
-    functions = []
+def _tools(
+    tools: list[dict[str, Any]] | None,
+) -> tuple[list[dict[str, Any]] | None, dict[str, tuple[str, str]]]:
+    """Function tools in chat's shape, and :attr:`Call.namespaced` of those in a namespace, as Codex groups what runs elsewhere.
+
+    Hosted tools, which only their vendor can run, are skipped with one log line.
+    """
+    functions: list[dict[str, Any]] = []
+    namespaced: dict[str, tuple[str, str]] = {}
     for i, tool in enumerate(tools or ()):
-        if tool.get("type") != "function":
-            log.warning("skipped tools[%d]: unknown tool type %.80r", i, tool.get("type"))
+        path = f"tools[{i}]"
+        if tool.get("type") != "namespace":
+            functions += _function(tool, path)
             continue
-        name, parameters = tool.get("name"), tool.get("parameters")
-        if not isinstance(name, str) or not name:
-            raise InvalidRequest(f"tools[{i}].name", f"expected a name, got {name!r:.80}")
-        if not isinstance(parameters, dict | None):
-            raise InvalidRequest(f"tools[{i}].parameters", f"expected a JSON Schema object, got {parameters!r:.80}")
-        function = {key: tool[key] for key in ("name", "description", "parameters") if tool.get(key) is not None}
-        functions.append({"type": "function", "function": function})
-    return functions or None
+        namespace, inner = _name(tool, path), tool.get("tools")
+        if not isinstance(inner, list) or not all(isinstance(item, dict) for item in inner):
+            raise InvalidRequest(f"{path}.tools", f"expected a list of tools, got {inner!r:.80}")
+        for k, item in enumerate(inner):
+            for function in _function(item, f"{path}.tools[{k}]"):
+                name = function["function"]["name"]
+                function["function"]["name"] = _joined(namespace, name)
+                namespaced[_joined(namespace, name)] = (namespace, name)
+                functions.append(function)
+    return functions or None, namespaced
+
+
+def _function(tool: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    """The function, or nothing of a tool of another kind."""
+    if tool.get("type") != "function":
+        log.warning("skipped %s: unknown tool type %.80r", path, tool.get("type"))
+        return []
+    name, parameters = _name(tool, path), tool.get("parameters")
+    if not isinstance(parameters, dict | None):
+        raise InvalidRequest(f"{path}.parameters", f"expected a JSON Schema object, got {parameters!r:.80}")
+    function = {key: tool[key] for key in ("description", "parameters") if tool.get(key) is not None}
+    return [{"type": "function", "function": {"name": name, **function}}]
+
+
+def _name(tool: dict[str, Any], path: str) -> str:
+    name = tool.get("name")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest(f"{path}.name", f"expected a name, got {name!r:.80}")
+    return name
+
+
+def _joined(namespace: str, name: str) -> str:
+    """What the model calls a function of a namespace."""
+    return f"{namespace.removesuffix('__')}__{name}"
 
 
 def _tool_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]] | None) -> str | dict[str, Any]:
@@ -340,8 +378,19 @@ def _tool_choice(choice: str | dict[str, Any] | None, tools: list[dict[str, Any]
 # -- Answers
 
 
+#: The list of an item that its text goes to, and the names that its part, the part's place and its text have in events.
+_PARTS = {
+    "output_text": ("content", "content_part", "content_index", "output_text"),
+    "reasoning_text": ("content", "content_part", "content_index", "reasoning_text"),
+    "summary_text": ("summary", "reasoning_summary_part", "summary_index", "reasoning_summary_text"),
+}
+
+
 class _Items:
     """Cuts deltas into output items: events without their numbers. One item is open at a time.
+
+    Who asks for a summary of reasoning gets the reasoning as its own summary: nothing here writes a shorter one, and clients
+    that ask show nothing else.
 
     Attributes:
         items: those that are done.
@@ -353,6 +402,7 @@ class _Items:
         self._id = call.requests[0].request_id
         self._wants_logprobs = call.requests[0].sampling_params.logprobs is not None
         self._open: dict[str, Any] | None = None
+        self._part_type = ""  # of the open item; a call has none
         self._text = ""
         self._logprobs: list[dict[str, Any]] = []
 
@@ -363,21 +413,25 @@ class _Items:
             if not self._is_open("message"):
                 if not delta.text:
                     return
-                yield from self._start({"type": "message", "role": "assistant", "content": []}, "msg")
+                item = {"type": "message", "role": "assistant", "content": []}
+                yield from self._start(item, "msg", "output_text")
             logprobs = chat_logprobs(delta.logprobs) if self._wants_logprobs else []
             self._logprobs += logprobs
-            yield self._part_event("response.output_text.delta", delta=self._add(delta.text), logprobs=logprobs)
+            yield self._text_event("delta", delta=self._add(delta.text), logprobs=logprobs)
         elif isinstance(delta, ReasoningDelta):
             if not self._is_open("reasoning"):
                 if not delta.text:
                     return
-                yield from self._start({"type": "reasoning", "summary": [], "content": []}, "rs")
-            yield self._part_event("response.reasoning_text.delta", delta=self._add(delta.text))
+                part_type = "summary_text" if self._call.summarise_reasoning else "reasoning_text"
+                yield from self._start({"type": "reasoning", "summary": [], "content": []}, "rs", part_type)
+            yield self._text_event("delta", delta=self._add(delta.text))
         elif isinstance(delta, ToolCallStart):
             item = {"type": "function_call", "call_id": delta.id, "name": delta.name, "arguments": ""}
-            yield from self._start(item, "fc")
+            if delta.name in self._call.namespaced:
+                item["namespace"], item["name"] = self._call.namespaced[delta.name]
+            yield from self._start(item, "fc", "")
         elif delta.arguments:
-            yield self._event("response.function_call_arguments.delta", delta=self._add(delta.arguments))
+            yield self._event("function_call_arguments.delta", delta=self._add(delta.arguments))
 
     def _add(self, text: str) -> str:
         self._text += text
@@ -386,27 +440,31 @@ class _Items:
     def _is_open(self, kind: str) -> bool:
         return self._open is not None and self._open["type"] == kind
 
-    def _start(self, item: dict[str, Any], prefix: str) -> Iterator[dict[str, Any]]:
+    def _start(self, item: dict[str, Any], prefix: str, part_type: str) -> Iterator[dict[str, Any]]:
         yield from self.stop()
         number = len(self.items)
         self._open = {"id": f"{prefix}_{self._id}_{number}", "status": "in_progress", **item}
-        self._text, self._logprobs = "", []
+        self._part_type, self._text, self._logprobs = part_type, "", []
         yield {"type": "response.output_item.added", "output_index": number, "item": self._open}
-        if "content" in item:
-            yield self._part_event("response.content_part.added", part=self._part())
+        if part_type:
+            yield self._part_event("added", part=self._part())
 
     def _part(self) -> dict[str, Any]:
-        """The one content part of the open item, as far as it has come."""
-        if self._is_open("reasoning"):
-            return {"type": "reasoning_text", "text": self._text}
-        return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": self._logprobs}
+        """The one part of the open item, as far as it has come."""
+        part: dict[str, Any] = {"type": self._part_type, "text": self._text}
+        return part | {"annotations": [], "logprobs": self._logprobs} if self._is_open("message") else part
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         assert self._open is not None
-        return {"type": kind, "item_id": self._open["id"], "output_index": len(self.items), **fields}
+        return {"type": f"response.{kind}", "item_id": self._open["id"], "output_index": len(self.items), **fields}
 
-    def _part_event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return self._event(kind, content_index=0, **fields)
+    def _part_event(self, stage: str, **fields: Any) -> dict[str, Any]:
+        _, name, index, _ = _PARTS[self._part_type]
+        return self._event(f"{name}.{stage}", **{index: 0}, **fields)
+
+    def _text_event(self, stage: str, **fields: Any) -> dict[str, Any]:
+        _, _, index, name = _PARTS[self._part_type]
+        return self._event(f"{name}.{stage}", **{index: 0}, **fields)
 
     def stop(self, status: str = "completed") -> Iterator[dict[str, Any]]:
         """Ends the item that is open."""
@@ -415,17 +473,15 @@ class _Items:
         done = {**self._open, "status": status}
         if done["type"] == "function_call":
             done["arguments"] = self._text or "{}"
-            yield self._event("response.function_call_arguments.done", arguments=done["arguments"], name=done["name"])
+            yield self._event("function_call_arguments.done", arguments=done["arguments"], name=done["name"])
         else:
             part = self._part()
-            done["content"] = [part]
-            if done["type"] == "reasoning":
-                yield self._part_event("response.reasoning_text.done", text=self._text)
-                if self._call.seal_reasoning:
-                    done["encrypted_content"] = SEALED + base64.b64encode(self._text.encode()).decode()
-            else:
-                yield self._part_event("response.output_text.done", text=self._text, logprobs=self._logprobs)
-            yield self._part_event("response.content_part.done", part=part)
+            done[_PARTS[self._part_type][0]] = [part]
+            scored = {"logprobs": self._logprobs} if done["type"] == "message" else {}
+            yield self._text_event("done", text=self._text, **scored)
+            yield self._part_event("done", part=part)
+            if done["type"] == "reasoning" and self._call.seal_reasoning:
+                done["encrypted_content"] = SEALED + base64.b64encode(self._text.encode()).decode()
         yield {"type": "response.output_item.done", "output_index": len(self.items), "item": done}
         self._open = None
         self.items.append(done)

@@ -104,6 +104,27 @@ def test_tools_and_reasoning_whole_and_streamed(serve: Serve) -> None:
     assert result == {"role": "tool", "content": "rain", "tool_call_id": "call_a"}
 
 
+def test_who_asks_for_a_summary_of_reasoning_gets_it_as_its_own(serve: Serve) -> None:
+    """Clients that ask show nothing else, and send it back."""
+    engine = FakeEngine(tool_answer())
+    client = serve(engine).openai()
+    ask = {**ASK, "reasoning": {"effort": "low", "summary": "auto"}}
+    got = client.responses.create(**ask)
+    assert got.output[0].summary[0].text == "I need the weather." and not got.output[0].content
+    kinds = [event.type for event in client.responses.create(**ask, stream=True)]
+    assert kinds[2:8] == [
+        "response.output_item.added",
+        "response.reasoning_summary_part.added",
+        *["response.reasoning_summary_text.delta"] * 2,
+        "response.reasoning_summary_text.done",
+        "response.reasoning_summary_part.done",
+    ]
+    with client.responses.stream(**ask) as stream:
+        assert stream.get_final_response().output[0].summary == got.output[0].summary
+    client.responses.create(**ask | {"input": [*got.output[:2]]})
+    assert (engine.requests[-1].messages or ())[0]["reasoning_content"] == "I need the weather."
+
+
 def test_one_call_when_parallel_calls_are_off(serve: Serve) -> None:
     client = serve(FakeEngine(tool_answer())).openai()
     ask = {**ASK, "tools": [WEATHER], "parallel_tool_calls": False}

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helexa_engine.errors import InvalidRequest
-from helexa_engine.events import ContentDelta, Finished, PromptProcessed, Timings, TokenLogprob, Usage, collect
+from helexa_engine.events import (
+    ContentDelta,
+    Finished,
+    PromptProcessed,
+    Timings,
+    TokenLogprob,
+    ToolCallDelta,
+    ToolCallStart,
+    Usage,
+    collect,
+)
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.sampling_params import StructuredOutput
 from helexa_server.wire import openai_responses
@@ -99,6 +109,28 @@ def test_unknown_items_parts_and_hosted_tools_are_skipped_with_a_log_line(caplog
     assert parsed.tools == [{"type": "function", "function": function}]
 
 
+def test_functions_of_a_namespace() -> None:
+    """Codex groups what other programs run; the model sees one name, the client gets both parts back and sends them again."""
+    inner = [{"type": "function", "name": "find", "description": "Finds."}, {"type": "custom", "name": "free"}]
+    tools = [{"type": "namespace", "name": "mcp__docs", "description": "Docs.", "tools": inner}, TOOL]
+    call = parse(tools=tools)
+    names = [tool["function"]["name"] for tool in call.requests[0].tools or ()]
+    assert names == ["mcp__docs__find", "f"]
+    events = [
+        PromptProcessed((1,)),
+        ToolCallStart(0, 0, "c1", "mcp__docs__find"),
+        ToolCallDelta(0, 0, "{}"),
+        ToolCallStart(0, 1, "c2", "f"),
+        finish(),
+    ]
+    whole = openai_responses.build_response(call, [collect(events)], "m", 1)
+    first, second = whole["output"]
+    assert (first["namespace"], first["name"]) == ("mcp__docs", "find") and "namespace" not in second
+    again = request(input=[*whole["output"], {"role": "user", "content": ""}], tools=tools)
+    (turn, _) = again.messages or ()
+    assert [item["function"]["name"] for item in turn["tool_calls"]] == names
+
+
 def test_an_image_is_refused_by_its_own_code() -> None:
     """contracts.md 3: images on a text model are 400 vision_unsupported."""
     with pytest.raises(InvalidRequest) as caught:
@@ -169,6 +201,8 @@ def content(**part: Any) -> dict[str, Any]:
         ({"input": [{"type": "reasoning", "encrypted_content": "helexa1.!"}]}, "input[0].encrypted_content"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{**TOOL, "parameters": []}]}, "tools[0].parameters"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]}, "tools[0].tools[0].name"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice.type"),
@@ -230,8 +264,9 @@ def join(payloads: list[dict[str, Any]]) -> dict[str, Any]:
             items.append(payload["item"])
             stage = "item"
             continue
-        assert payload["item_id"] == item["id"] and payload.get("content_index", 0) == 0
-        if kind == "content_part.added":
+        assert payload["item_id"] == item["id"]
+        assert payload.get("summary_index" if "summary" in kind else "content_index", 0) == 0
+        if kind in ("content_part.added", "reasoning_summary_part.added"):
             assert stage == "part" and payload["part"]["text"] == ""
             stage = "text"
         elif kind.endswith(".delta"):
@@ -240,11 +275,12 @@ def join(payloads: list[dict[str, Any]]) -> dict[str, Any]:
         elif kind == "function_call_arguments.done":
             assert payload["arguments"] == (text or "{}")
             stage = "done"
-        elif kind == "content_part.done":
+        elif kind in ("content_part.done", "reasoning_summary_part.done"):
             assert payload["part"]["text"] == text and stage == "text done"
             stage = "done"
         else:
-            assert kind in ("output_text.done", "reasoning_text.done") and payload["text"] == text
+            assert kind in ("output_text.done", "reasoning_text.done", "reasoning_summary_text.done")
+            assert payload["text"] == text
             stage = "text done"
     assert stage == "item" and end["type"] == f"response.{end['response']['status']}"
     assert end["response"]["output"] == items
@@ -252,12 +288,13 @@ def join(payloads: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(answer=answers(), parallel=st.booleans(), sealed=st.booleans())
-def test_joined_stream_equals_the_whole_answer(answer: Answer, parallel: bool, sealed: bool) -> None:
+@given(answer=answers(), parallel=st.booleans(), sealed=st.booleans(), summary=st.booleans())
+def test_joined_stream_equals_the_whole_answer(answer: Answer, parallel: bool, sealed: bool, summary: bool) -> None:
     """contracts.md 3: streamed content, joined, equals the non-streamed answer, over all cuts; created > in_progress >
     item added > part added > delta* > done* > completed, with type and sequence_number."""
     include = ["reasoning.encrypted_content"] if sealed else []
-    call = parse(tools=[TOOL], parallel_tool_calls=parallel, include=include)
+    reasoning = {"effort": "high", "summary": "auto"} if summary else None
+    call = parse(tools=[TOOL], parallel_tool_calls=parallel, include=include, reasoning=reasoning)
     projector = openai_responses.Projector(call, "m", 1)
     events = [PromptProcessed((1, 2, 3), cached_tokens=1), *answer]
     frames = [frame for event in events for frame in projector.push(event)] + projector.finish()
@@ -265,13 +302,15 @@ def test_joined_stream_equals_the_whole_answer(answer: Answer, parallel: bool, s
     assert [frame.event for frame in frames] == [payload["type"] for payload in payloads]
     whole = msgspec.json.decode(msgspec.json.encode(openai_responses.build_response(call, [collect(events)], "m", 1)))
     assert join(payloads) == whole
-    thoughts = [item["content"][0]["text"] for item in whole["output"] if item["type"] == "reasoning"]
+    thoughts = [
+        item["summary" if summary else "content"][0]["text"] for item in whole["output"] if item["type"] == "reasoning"
+    ]
     back = request(
         input=[item for item in whole["output"] if item["type"] == "reasoning"] + [{"role": "user", "content": ""}]
     )
     assert [turn["reasoning_content"] for turn in back.messages or () if "reasoning_content" in turn] == thoughts
     if sealed:
-        kept = [{**item, "content": None} for item in whole["output"] if item["type"] == "reasoning"]
+        kept = [{**item, "content": None, "summary": []} for item in whole["output"] if item["type"] == "reasoning"]
         again = request(input=[*kept, {"role": "user", "content": ""}])
         assert again.messages == back.messages, "a client that keeps no text sends back what was sealed"
 
