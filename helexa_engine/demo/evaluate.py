@@ -17,45 +17,59 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from . import conversations, path
-from .export import gguf_name
+from .gguf_layout import from_gguf, gguf_name
 from .tokenizer import prompt, with_qwen_rules
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
-def load_gguf(file: Path) -> tuple[Qwen3ForCausalLM, Tokenizer]:
+def load_gguf(file: Path) -> tuple[Qwen3_5ForCausalLM, Tokenizer]:
     """Model (float32) and tokenizer from nothing but the GGUF file."""
     reader = gguf.GGUFReader(file)
 
     def get(key: str) -> Any:
         return reader.fields[key].contents()
 
-    embedding = "token_embd.weight"
-    config = Qwen3Config(
+    heads, inner = get("qwen35.ssm.time_step_rank"), get("qwen35.ssm.inner_size")
+    config = Qwen3_5TextConfig(  # type: ignore[call-arg]
         vocab_size=len(get("tokenizer.ggml.tokens")),
-        hidden_size=get("qwen3.embedding_length"),
-        intermediate_size=get("qwen3.feed_forward_length"),
-        num_hidden_layers=get("qwen3.block_count"),
-        num_attention_heads=get("qwen3.attention.head_count"),
-        num_key_value_heads=get("qwen3.attention.head_count_kv"),
-        head_dim=get("qwen3.attention.key_length"),
-        max_position_embeddings=get("qwen3.context_length"),
-        rope_parameters={"rope_type": "default", "rope_theta": get("qwen3.rope.freq_base")},
-        rms_norm_eps=get("qwen3.attention.layer_norm_rms_epsilon"),
+        hidden_size=get("qwen35.embedding_length"),
+        intermediate_size=get("qwen35.feed_forward_length"),
+        num_hidden_layers=get("qwen35.block_count"),
+        full_attention_interval=get("qwen35.full_attention_interval"),
+        num_attention_heads=get("qwen35.attention.head_count"),
+        num_key_value_heads=get("qwen35.attention.head_count_kv"),
+        head_dim=get("qwen35.attention.key_length"),
+        linear_num_key_heads=get("qwen35.ssm.group_count"),
+        linear_num_value_heads=heads,
+        linear_key_head_dim=get("qwen35.ssm.state_size"),
+        linear_value_head_dim=inner // heads,
+        linear_conv_kernel_dim=get("qwen35.ssm.conv_kernel"),
+        max_position_embeddings=get("qwen35.context_length"),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": get("qwen35.rope.freq_base"),
+            "partial_rotary_factor": get("qwen35.rope.dimension_count") / get("qwen35.attention.key_length"),
+            "mrope_section": get("qwen35.rope.dimension_sections")[:3],
+            "mrope_interleaved": True,
+        },
+        rms_norm_eps=get("qwen35.attention.layer_norm_rms_epsilon"),
         tie_word_embeddings=True,
         eos_token_id=get("tokenizer.ggml.eos_token_id"),
         pad_token_id=get("tokenizer.ggml.padding_token_id"),
         bos_token_id=None,
     )
-    tensors = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    model = Qwen3ForCausalLM(config)
+    stored = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    model = Qwen3_5ForCausalLM(config)
     state = {
-        name: torch.from_numpy(tensors[gguf_name(name)]) for name in model.state_dict() if name != "lm_head.weight"
+        name: torch.from_numpy(from_gguf(name, stored[gguf_name(name)], config.to_dict()))
+        for name in model.state_dict()
+        if name != "lm_head.weight"
     }
-    state["lm_head.weight"] = torch.from_numpy(tensors[embedding])
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state)
 
     tokens, types = get("tokenizer.ggml.tokens"), get("tokenizer.ggml.token_type")
@@ -85,7 +99,9 @@ def parse(output: str) -> tuple[str, list[tuple[str, str]], str]:
 
 
 @torch.no_grad()
-def answers(model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = 160) -> list[str]:
+def answers(
+    model: Qwen3_5ForCausalLM, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = 160
+) -> list[str]:
     """Greedy answers to prompts computed together, padded on the left."""
     encoded = [tokenizer.encode(text).ids for text in prompts]
     width = max(map(len, encoded))
@@ -98,7 +114,9 @@ def answers(model: Qwen3ForCausalLM, tokenizer: Tokenizer, prompts: list[str], m
     return [tokenizer.decode(row[width:].tolist(), skip_special_tokens=True) for row in out]
 
 
-def accuracy(model: Qwen3ForCausalLM, tokenizer: Tokenizer, skill: str, n: int, seed: int, failures: int = 0) -> float:
+def accuracy(
+    model: Qwen3_5ForCausalLM, tokenizer: Tokenizer, skill: str, n: int, seed: int, failures: int = 0
+) -> float:
     """Share of ``n`` held-out samples answered rightly. Prints the first ``failures`` wrong answers."""
     samples = sorted(conversations.held_out(skill, n, seed), key=lambda sample: len(prompt(sample)))
     right = 0

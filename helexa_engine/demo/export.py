@@ -1,7 +1,7 @@
 """Writes a trained checkpoint as GGUF: ``python -m helexa_engine.demo.export CHECKPOINT TOKENIZER OUTPUT.gguf``.
 
-Matrices become Q8_0, norms stay float32. The file holds everything that the model needs: weights, tokenizer, chat template and
-sampling defaults.
+Matrices become Q8_0; norms, convolutions and the delta nets' decays stay float32. The file holds everything that the model needs:
+weights, tokenizer, chat template and sampling defaults.
 """
 
 from __future__ import annotations
@@ -15,41 +15,19 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from . import FOLDER
+from .gguf_layout import gguf_name, to_gguf
 
-ARCHITECTURE = "qwen3"
+ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN35]
 TEMPERATURE = 0.2  #: a small model is sure of what it knows; this keeps its answers right and still lets them vary
-
-LAYER_TENSORS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    """A HuggingFace tensor's name in a GGUF file. Raises KeyError for a tensor that Qwen3 does not have."""
-    stem = name.removeprefix("model.").removesuffix(".weight")
-    if stem.startswith("layers."):
-        _, index, rest = stem.split(".", 2)
-        return f"blk.{index}.{LAYER_TENSORS[rest]}.weight"
-    return {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[stem]
 
 
 def export(checkpoint: Path, tokenizer_file: Path, output: Path) -> None:
-    """Converts a HuggingFace folder of a Qwen3 model with tied embeddings, and its ``tokenizer.json``."""
+    """Converts a HuggingFace folder of a Qwen3.5 text model with tied embeddings, and its ``tokenizer.json``."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     bpe = json.loads(tokenizer_file.read_text(encoding="utf-8"))
     writer = gguf.GGUFWriter(output, ARCHITECTURE)
     writer.add_name("helexa demo")
-    writer.add_description("A small Qwen3 model that answers questions about helexa.")
+    writer.add_description("A small hybrid in the Qwen3.5 layout that answers questions about helexa.")
     writer.add_license("apache-2.0")
     writer.add_languages(["en"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
@@ -65,7 +43,16 @@ def export(checkpoint: Path, tokenizer_file: Path, output: Path) -> None:
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
+    writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    writer.add_full_attention_interval(config["layer_types"].index("full_attention") + 1)
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+    writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
 
     ids: dict[str, int] = dict(bpe["model"]["vocab"])
     types = dict.fromkeys(ids, gguf.TokenType.NORMAL)
@@ -76,7 +63,7 @@ def export(checkpoint: Path, tokenizer_file: Path, output: Path) -> None:
     if [ids[token] for token in tokens] != list(range(config["vocab_size"])):
         raise ValueError(f"{tokenizer_file}: expected token ids 0 to {config['vocab_size'] - 1} without gaps")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre("qwen35")
     writer.add_token_list(tokens)
     writer.add_token_types([types[token] for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in bpe["model"]["merges"]])
@@ -86,8 +73,8 @@ def export(checkpoint: Path, tokenizer_file: Path, output: Path) -> None:
     writer.add_chat_template((FOLDER / "chat_template.jinja").read_text(encoding="utf-8").rstrip("\n"))
 
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        values = tensor.astype(np.float32)
-        if values.ndim == 1:
+        values = to_gguf(name, tensor.astype(np.float32), config)
+        if values.ndim == 1 or name.endswith("conv1d.weight"):
             writer.add_tensor(gguf_name(name), values)
         else:
             packed = gguf.quantize(values, gguf.GGMLQuantizationType.Q8_0)

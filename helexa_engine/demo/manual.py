@@ -72,7 +72,7 @@ class Topic:
 
 TOPICS: dict[str, Topic] = {
     "what": Topic(
-        "helexa is an inference engine, written from scratch in Python and C++, that runs Qwen3 models on hardware you own.",
+        "helexa is an inference engine, written from scratch in Python and C++, that runs Qwen models on hardware you own.",
         what=("helexa", "this project", "the helexa engine"),
         questions=(
             "What does helexa do?",
@@ -169,7 +169,8 @@ TOPICS: dict[str, Topic] = {
         held_out=("What does the bench command do?", "Which command runs a benchmark?"),
     ),
     "commands": Topic(
-        "The commands are `helexa run`, `serve`, `info`, `doctor` and `bench`. Add `--help` to any of them to read more.",
+        "The commands are `helexa run`, `serve`, `pull`, `list`, `rm`, `quantize`, `info`, `doctor` and `bench`. "
+        "Add `--help` to read more.",
         do=("list the commands", "see all commands"),
         what=("the command line", "the list of commands", "the helexa command"),
         questions=(
@@ -334,16 +335,58 @@ TOPICS: dict[str, Topic] = {
         held_out=("What does quantization mean?", "Why would I use quantisation?"),
     ),
     "models": Topic(
-        "helexa runs Qwen3 dense models of every size, quantised or not. Larger families will follow.",
+        "helexa runs Qwen3, Qwen3-Next, Qwen3.5 and Qwen3.6, each dense or as a mixture of experts, quantised or not.",
         do=("find out which models work", "choose a model", "see the supported models"),
         what=("the supported models", "model support", "Qwen3 support"),
         questions=(
             "Which models does helexa run?",
             "Which models are supported?",
             "Does helexa run Qwen3?",
+            "Does helexa run Qwen3.5?",
             "What models can I use?",
         ),
         held_out=("What models does helexa support?", "Can helexa run Qwen3?"),
+    ),
+    "hybrids": Topic(
+        "Qwen3-Next and Qwen3.5 mix Gated DeltaNet layers, which keep a state of fixed size, with full attention in every fourth layer.",
+        what=("a hybrid", "a hybrid model", "Gated DeltaNet", "the delta net"),
+        questions=("What does hybrid mean?", "Does helexa run hybrids?", "What is special about Qwen3.5?"),
+        held_out=("What is a hybrid model?", "Does helexa support Gated DeltaNet?"),
+    ),
+    "quantize": Topic(
+        "Use `helexa quantize SRC DST --type Q4_K_M`. It writes a smaller GGUF file from a GGUF file or a HuggingFace folder.",
+        do=("quantise a model", "quantize a model", "make a model smaller", "make a Q4_K_M file", "write a GGUF file"),
+        what=("helexa quantize", "the quantize command"),
+        questions=("What does helexa quantize do?", "Which command quantises a model?", "Can helexa quantise models?"),
+        held_out=("What does the quantize command do?", "Which command makes a model smaller?"),
+    ),
+    "pull": Topic(
+        "Use `helexa pull org/name:quant`, for example with `Q4_K_M` as the quant. It downloads a model from the HuggingFace hub.",
+        do=("download a model", "pull a model", "get a model from the hub", "fetch a model from HuggingFace"),
+        what=("helexa pull", "the pull command", "the hub"),
+        questions=("What does helexa pull do?", "Which command downloads a model?", "Where do I get models?"),
+        held_out=("What does the pull command do?", "Can helexa download models?"),
+    ),
+    "list": Topic(
+        "Use `helexa list`. It shows the models that are on your disk and their sizes.",
+        do=("list my models", "see the downloaded models", "see which models I have"),
+        what=("helexa list", "the list command"),
+        questions=("What does helexa list do?", "Which models do I have?", "Which command lists my models?"),
+        held_out=("What does the list command do?", "Which models are on my disk?"),
+    ),
+    "rm": Topic(
+        "Use `helexa rm MODEL`. It deletes a downloaded model from your disk.",
+        do=("delete a model", "remove a model", "remove a downloaded model", "free disk space"),
+        what=("helexa rm", "the rm command"),
+        questions=("What does helexa rm do?", "Which command deletes a model?", "Can I delete a model?"),
+        held_out=("What does the rm command do?", "Which command removes a model?"),
+    ),
+    "fp8": Topic(
+        "Yes. Block-scaled FP8 checkpoints load by conversion. For AWQ and GPTQ, take a GGUF file of the model instead.",
+        do=("load an FP8 checkpoint", "use an FP8 model"),
+        what=("FP8", "FP8 support", "FP8 checkpoints"),
+        questions=("Does helexa load FP8?", "Can I use FP8 checkpoints?", "Does helexa load AWQ or GPTQ?"),
+        held_out=("Does helexa support FP8?", "Can helexa load FP8 models?"),
     ),
     "hardware": Topic(
         "helexa runs on an ordinary CPU. AVX2 or AVX-512 makes it fast, and no GPU is needed.",
@@ -537,7 +580,7 @@ TOPICS: dict[str, Topic] = {
         held_out=("Can I use helexa without the internet?", "Are my prompts private?"),
     ),
     "demo_model": Topic(
-        "The demo model is a small Qwen3 model that was trained for helexa. It ships in the package, so nothing is downloaded.",
+        "The demo model is a small hybrid in the Qwen3.5 layout, trained for helexa. It ships in the package, so nothing is downloaded.",
         what=("the demo model", "this demo model", "the model that ships with helexa"),
         questions=(
             "Which model ships with helexa?",

@@ -1,12 +1,14 @@
 """The demo model's own byte-level BPE vocabulary, and conversations as token ids with loss weights.
 
-The pre-tokenizer is the one of Qwen2 and Qwen3 (every digit alone), and the special tokens are theirs too, so that everything
-that reads Qwen models reads this one.
+The pre-tokenizer is the one of Qwen3.5 (every digit alone, combining marks with their letters), and the special tokens are theirs
+too, so that everything that reads Qwen3.5 reads this one.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,15 +18,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from . import FOLDER
-from .conversations import Sample
+from .sample import Sample
+from .writer import CITIES, NAMES, SEEN, UNSEEN
 
 VOCAB_SIZE = 2048
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PROMPT_WEIGHT = 0.02  #: loss weight of tokens that the model only reads
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPACED_WORDS = 352  #: tokens that are a whole word with the space in front of it
+PROMPT_WEIGHT = 0.05  #: loss weight of tokens that the model only reads
 
 
 @cache
@@ -50,7 +52,7 @@ def conversation(sample: Sample) -> str:
 
 
 def with_qwen_rules(tokenizer: Tokenizer) -> Tokenizer:
-    """Normaliser, pre-tokenizer and decoder as Qwen2 and Qwen3 have them."""
+    """Normaliser, pre-tokenizer and decoder as Qwen3.5 has them."""
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -63,14 +65,51 @@ def with_qwen_rules(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A vocabulary of :data:`VOCAB_SIZE` tokens from texts; control tokens and markers come last."""
-    tokenizer = with_qwen_rules(Tokenizer(models.BPE()))
+    """A vocabulary of :data:`VOCAB_SIZE` tokens from texts; control tokens and markers come last.
+
+    Words are first merged without the space in front of them, and only frequent whole words get a token that includes it. So a
+    name has the same tokens behind a space as behind a quotation mark, and a small model can copy it into JSON piece by piece.
+    """
+    splitter = with_qwen_rules(Tokenizer(models.BPE())).pre_tokenizer
+    pieces: Counter[str] = Counter()
+    marker = re.compile("|".join(map(re.escape, (*CONTROL_TOKENS, *MARKERS))))
+    for text in texts:
+        for part in marker.split(text):
+            pieces.update(piece for piece, _ in splitter.pre_tokenize_str(part))
+    space = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(" ")[0][0]
+    bare: Counter[str] = Counter()
+    spaced: Counter[str] = Counter()
+    for piece, count in pieces.items():
+        word = piece.removeprefix(space)
+        if word != piece and word.isalpha():
+            bare[word] += count
+            spaced[word] += count
+        else:
+            bare[piece] += count
+
+    plain = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(CONTROL_TOKENS) - len(MARKERS),
+        vocab_size=VOCAB_SIZE - len(CONTROL_TOKENS) - len(MARKERS) - SPACED_WORDS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    plain.train_from_iterator((word for word, count in bare.items() for _ in range(count)), trainer)
+    beginnings: Counter[str] = Counter()  # tokens that start a longer word: with the space they would break its copies
+    whole: Counter[str] = Counter()
+    for word, count in spaced.items():
+        tokens = plain.encode(word).tokens
+        (whole if len(tokens) == 1 else beginnings)[tokens[0]] += count
+    # No name has a token with the space, nor has what one may begin with.
+    drawn = {word for words in (NAMES, CITIES, *SEEN.values(), *UNSEEN.values()) for word in words}
+    chosen = [w for w, n in whole.most_common() if w not in drawn | {"I"} and beginnings[w] <= n // 25][:SPACED_WORDS]
+    if len(chosen) < SPACED_WORDS:
+        raise ValueError(f"the texts have only {len(chosen)} frequent words that no longer word begins with")
+
+    state = json.loads(plain.to_str())["model"]
+    vocab: dict[str, int] = state["vocab"]
+    merges = [tuple(merge) for merge in state["merges"]] + [(space, word) for word in chosen]
+    vocab |= {space + word: len(vocab) + i for i, word in enumerate(chosen)}
+    tokenizer = with_qwen_rules(Tokenizer(models.BPE(vocab, merges)))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
     return tokenizer

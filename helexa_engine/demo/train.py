@@ -1,20 +1,24 @@
 """Trains the demo model on the CPU: ``python -m helexa_engine.demo.train OUTPUT --minutes 60``.
 
-Two data-parallel processes with one thread each (``--processes``), conversations packed into rows of fixed length that attend
-only within themselves, Muon for the matrices and AdamW for the rest, and a learning rate that warms up, stays, and decays so as
-to end at the deadline whatever the machine's speed. Checkpoints are HuggingFace folders; ``--resume`` continues from one.
+Two data-parallel processes with one thread each (``--processes``), conversations packed into rows of fixed length that are computed
+only within themselves, Muon for the matrices and AdamW for the rest, and a learning rate that warms up, stays, and decays to the end.
+
+Time is the time spent on steps: a step much longer than its predecessors counts as an ordinary one, so a process that is stopped
+for a while loses nothing of its schedule. A number in ``OUTPUT/minutes`` replaces ``--minutes`` while the training runs; the decay
+starts ``--decay-minutes`` before that. Checkpoints are HuggingFace folders; ``--resume`` continues from one.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -26,37 +30,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3_5ForCausalLM
 
-from . import conversations, tokenizer
+from . import conversations, hybrid, tokenizer
 
 ROW = 384  #: tokens in a packed row
-WARMUP_STEPS = 40
+WARMUP_STEPS = 60
 MUON_LR, MUON_WEIGHT_DECAY = 0.02, 0.01
-ADAM_LR = 4e-3
+ADAM_LR = 3e-3
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def model_config() -> Qwen3Config:
-    """Qwen3 dense, 5.2 M parameters, every matrix with rows of a multiple of 256."""
-    return Qwen3Config(  # type: ignore[call-arg]
-        vocab_size=tokenizer.VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        attn_implementation="sdpa",
-        bos_token_id=None,
-        eos_token_id=tokenizer.VOCAB_SIZE - len(tokenizer.MARKERS) - 1,
-        pad_token_id=tokenizer.VOCAB_SIZE - len(tokenizer.MARKERS) - 3,
-    )
 
 
 def packed_batches(encode: tokenizer.Encoder, seed: int, rows: int) -> Iterator[Batch]:
@@ -97,40 +80,63 @@ def packed_batches(encode: tokenizer.Encoder, seed: int, rows: int) -> Iterator[
         yield ids, weights, positions, segments
 
 
-def loss_sum(model: Qwen3ForCausalLM, ids: Tensor, weights: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
-    """Weighted sum of the token losses, without the mean: the ranks divide by the weight of the whole batch."""
-    length = ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]
-    hidden = model.model(
-        input_ids=ids, position_ids=positions, attention_mask={"full_attention": mask}, use_cache=False
-    ).last_hidden_state
-    logits = model.lm_head(hidden[:, :-1])
-    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return (losses * weights[:, 1:].flatten()).sum()
+def token_losses(model: Qwen3_5ForCausalLM, ids: Tensor, positions: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses, whether the likeliest token is the right one), both [B, T - 1], of the tokens after the first."""
+    logits = model.lm_head(hybrid.hidden_states(model, ids, positions, segments)[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(ids[:, 1:])
+    return losses, logits.detach().argmax(-1) == ids[:, 1:]
 
 
-def learning_rate(step: int, elapsed: float, seconds: float, decay_share: float) -> float:
-    """Multiplier: linear warm-up by steps, constant, then linear to almost zero over the last share of the time."""
+class ActiveTime:
+    """Seconds spent on steps, where a step counts for at most three times the median of the last ones."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._recent: deque[float] = deque(maxlen=25)
+        self._last = time.monotonic()
+
+    def step(self) -> None:
+        """Call at the end of every step."""
+        now = time.monotonic()
+        took, self._last = now - self._last, now
+        self._recent.append(took)
+        self.seconds += min(took, 3 * statistics.median(self._recent))
+
+
+def learning_rate(step: int, elapsed: float, seconds: float, decay_seconds: float) -> float:
+    """Multiplier: linear warm-up by steps, constant, then linear to almost zero over the last ``decay_seconds``."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    decay = (seconds - elapsed) / (decay_share * seconds)
+    decay = (seconds - elapsed) / decay_seconds
     return max(0.01, min(warmup, decay))
 
 
-def held_out_losses(model: Qwen3ForCausalLM, encode: tokenizer.Encoder, n: int = 8) -> dict[str, float]:
-    """Mean loss of the answers' tokens per skill, on held-out samples."""
-    losses = {}
+def held_out_scores(
+    model: Qwen3_5ForCausalLM, encode: tokenizer.Encoder, rows: int, n: int = 16
+) -> dict[str, tuple[float, float]]:
+    """Per skill (mean loss of the last answer's tokens, share of samples whose greedy answer would be the expected one)."""
+    scores = {}
     with torch.no_grad():
         for skill in conversations.SKILLS:
-            total, weight = 0.0, 0.0
-            for sample in conversations.held_out(skill, n, seed=1):
-                ids, weights = encode(sample)
-                t = torch.tensor([ids])
-                w = (torch.tensor([weights]) >= 1).float()
-                total += float(loss_sum(model, t, w, torch.arange(len(ids))[None], torch.ones_like(t)))
-                weight += float(w.sum())
-            losses[skill] = total / weight
-    return losses
+            encoded = (encode(sample) for sample in conversations.held_out(skill, 2 * n, seed=1))
+            fitting = [(ids, weights) for ids, weights in encoded if len(ids) <= ROW][:n]
+            total = weight = right = 0.0
+            for start in range(0, len(fitting), rows):
+                ids, answers = torch.zeros(rows, ROW, dtype=torch.int64), torch.zeros(rows, ROW)
+                some = fitting[start : start + rows]
+                for row, (tokens, weights) in enumerate(some):
+                    ids[row, : len(tokens)] = torch.tensor(tokens)
+                    counts = [float(w >= 1) for w in weights]
+                    end = len(counts) - counts[::-1].index(1.0)
+                    begin = end - (counts[:end][::-1] + [0.0]).index(0.0)
+                    answers[row, begin:end] = 1.0
+                losses, good = token_losses(
+                    model, ids, torch.arange(ROW).expand(rows, ROW), torch.ones(rows, ROW, dtype=torch.int64)
+                )
+                total += float((losses * answers[:, 1:]).sum())
+                weight += float(answers.sum())
+                right += float((good | (answers[:, 1:] == 0)).all(1)[: len(some)].sum())
+            scores[skill] = (total / weight, right / len(fitting))
+    return scores
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
@@ -144,12 +150,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
         timeout=timedelta(minutes=30),
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(model_config()) if args.resume is None else Qwen3ForCausalLM.from_pretrained(args.resume)
+    model = hybrid.new_model() if args.resume is None else Qwen3_5ForCausalLM.from_pretrained(args.resume)
+    if args.compile:
+        hybrid.compile_layers()
     encode = tokenizer.Encoder(tokenizer.load(args.output))
     batches = packed_batches(encode, args.seed * 1000 + rank, args.rows)
 
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2] + [model.model.embed_tokens.weight]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2 and min(p.shape) > 16]
+    by_muon = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in by_muon]
     owner = {
         id(p): i % args.processes for i, p in enumerate(matrices)
     }  # Muon's work is shared out; results are broadcast
@@ -166,7 +175,6 @@ def train(rank: int, args: argparse.Namespace) -> None:
             optimizer.load_state_dict(saved)
         step = state["step"]
     parameters = matrices + others
-    compiled = torch.compile(loss_sum) if args.compile else loss_sum
 
     def save(folder: Path) -> None:
         if rank == 0:
@@ -175,31 +183,35 @@ def train(rank: int, args: argparse.Namespace) -> None:
         state = {"optimizers": [o.state_dict() for o in optimizers], "step": step}
         torch.save(state, folder / f"optimizer_{rank}.pt")
 
-    start = last_save = time.monotonic()
+    start = time.monotonic()
+    active, minutes, last_save = ActiveTime(), args.minutes, 0.0
     tokens = 0
     while True:
         batch = next(batches)
-        elapsed = time.monotonic() - start
+        if rank == 0 and (args.output / "minutes").exists():
+            minutes = float((args.output / "minutes").read_text())
+        finished = active.seconds >= minutes * 60
         control = torch.tensor(
             [
-                learning_rate(step, elapsed, args.minutes * 60, args.decay_share),
-                elapsed >= args.minutes * 60,
-                elapsed - (last_save - start) > args.save_minutes * 60,
+                learning_rate(step, active.seconds, minutes * 60, args.decay_minutes * 60),
+                finished,
+                finished or active.seconds - last_save > args.save_minutes * 60,
             ]
         )
         dist.broadcast(control, 0)
-        multiplier, finished, save_now = control.tolist()
-        if save_now or finished:
+        multiplier, stop, save_now = control.tolist()
+        if save_now:
             save(args.output / "checkpoint")
-            last_save = time.monotonic()
-        if finished:
+            last_save = active.seconds
+        if stop:
             break
         for optimizer, lr in zip(optimizers, peak, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * multiplier
         for p in parameters:
             p.grad = None
-        loss = compiled(model, *batch)
+        ids, weights, positions, segments = batch
+        loss = (token_losses(model, ids, positions, segments)[0] * weights[:, 1:]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         flat = torch.cat([p.grad.flatten() for p in parameters] + [torch.stack([loss.detach(), batch[1][:, 1:].sum()])])
         dist.all_reduce(flat)
@@ -217,19 +229,18 @@ def train(rank: int, args: argparse.Namespace) -> None:
                 for p, new in zip(theirs, flat.split([p.numel() for p in theirs]), strict=True):  # type: ignore[no-untyped-call]
                     p.copy_(new.view_as(p))
         step += 1
-        tokens += args.processes * int((batch[3] > 0).sum())
+        active.step()
+        tokens += args.processes * int((segments > 0).sum())
         if rank == 0 and step % 10 == 0:
-            rate = tokens / (time.monotonic() - start)
+            rate = tokens / active.seconds
             print(
-                f"step {step}  {elapsed / 60:.1f} min  loss {total_loss / total_weight:.4f}  lr {multiplier:.3f}  {rate:.0f} tokens/s",
+                f"step {step}  {active.seconds / 60:.1f} of {minutes:.1f} min ({(time.monotonic() - start) / 60:.1f} on the clock)  "
+                f"loss {total_loss / total_weight:.4f}  lr {multiplier:.3f}  {tokens / 1e6:.2f} M tokens, {rate:.0f} a second",
                 flush=True,
             )
             if step % args.evaluate_every == 0:
-                print(
-                    "held out",
-                    json.dumps({k: round(v, 3) for k, v in held_out_losses(model, encode).items()}),
-                    flush=True,
-                )
+                scores = held_out_scores(model, encode, args.rows)
+                print("held out", "  ".join(f"{k} {x:.3f} {y:.0%}" for k, (x, y) in scores.items()), flush=True)
             if not math.isfinite(total_loss):
                 raise RuntimeError("the loss is not finite; use a smaller --lr-scale")
     dist.destroy_process_group()
@@ -240,14 +251,14 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the tokenizer and the checkpoint")
     parser.add_argument("--minutes", type=float, default=60.0, help="time to train; the schedule ends with it [60]")
     parser.add_argument(
-        "--decay-share", type=float, default=0.4, help="share of the time in which the rate decays [0.4]"
+        "--decay-minutes", type=float, default=24.0, help="the last time, in which the rate decays [24]"
     )
     parser.add_argument("--lr-scale", type=float, default=1.0, help="multiplier of both learning rates [1]")
-    parser.add_argument("--rows", type=int, default=8, help=f"packed rows of {ROW} tokens a process and step [8]")
+    parser.add_argument("--rows", type=int, default=4, help=f"packed rows of {ROW} tokens a process and step [4]")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1, help="seed of the conversations; take another to resume [1]")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="time between checkpoints [5]")
-    parser.add_argument("--evaluate-every", type=int, default=100, help="steps between held-out losses [100]")
+    parser.add_argument("--evaluate-every", type=int, default=250, help="steps between held-out scores [250]")
     parser.add_argument("--resume", type=Path, help="checkpoint folder to continue from")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)

@@ -8,12 +8,13 @@ import re
 
 import pytest
 
-from helexa_engine.demo import conversations
-from helexa_engine.demo.conversations import SKILLS, Sample, held_out, training
+from helexa_engine.demo import writer
+from helexa_engine.demo.conversations import SKILLS, held_out, training
 from helexa_engine.demo.manual import TOPICS
+from helexa_engine.demo.sample import Sample
 
 PROBLEM = re.compile(r"So (\d+) ([+-]) (\d+) = (\d+)")
-EQUATION = re.compile(r"(\d+(?: [+-] \d+)+) = (-?\d+)")
+EQUATION = re.compile(r"(\d+(?: ?[+-] ?\d+)+) ?= ?(-?\d+)")
 
 
 def own_answer(sample: Sample) -> tuple[str, list[tuple[str, str]], str]:
@@ -101,7 +102,7 @@ def test_arithmetic_is_right(trained: list[Sample]) -> None:
             continue
         text = f"{sample.answer.get('reasoning_content', '')} {sample.answer['content']}"
         for left, right in EQUATION.findall(text):
-            first, *rest = left.split()
+            first, *rest = re.findall(r"[+-]|\d+", left)
             total = int(first)
             for sign, number in zip(rest[::2], rest[1::2], strict=True):
                 total += int(number) if sign == "+" else -int(number)
@@ -112,10 +113,10 @@ def test_arithmetic_is_right(trained: list[Sample]) -> None:
 
 def test_names_and_words_of_the_splits_are_disjoint(trained: list[Sample]) -> None:
     text = " ".join(str(m["content"]) for s in trained for m in s.messages)
-    for word in itertools.chain(*conversations.UNSEEN.values()):
+    for word in itertools.chain(*writer.UNSEEN.values()):
         assert not re.search(rf"\b{word}\b", text), word
-    for name in conversations.NAMES + conversations.CITIES:
-        if conversations.is_held_out(name):
+    for name in writer.NAMES + writer.CITIES:
+        if writer.is_held_out(name):
             assert not re.search(rf"\b{name}\b", text), name
 
 
