@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 
 
+def log_fields(log: logging.Logger, subject: str, fields: Mapping[str, Any]) -> None:
+    """One line ``subject name=value ...`` for people; in JSON the fields keep their names and types beside the message."""
+    log.info("%s %s", subject, " ".join(f"{k}={_word(v)}" for k, v in fields.items()), extra={"fields": fields})
+
+
+def _word(value: Any) -> str:
+    """Seconds to the millisecond, None as ``-``; text that is no single word in quotes, and what is long cut."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = "-" if value is None else str(value)
+    return f"{text:.200}" if text.isprintable() and " " not in text else f"{text!r:.200}"
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ``time`` (UTC, RFC 3339), ``level``, ``logger``, ``message`` and, with a traceback, ``error``."""
+    """One JSON object a line: ``time`` (UTC, RFC 3339), ``level``, ``logger``, ``message``, with a traceback ``error``, and the fields
+    of a request."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -22,7 +37,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(entry).decode()
+        return msgspec.json.encode({**entry, **getattr(record, "fields", {})}).decode()
 
 
 def configure_logging(log_format: Literal["text", "json"]) -> None:

@@ -8,6 +8,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import get_args
+
+from helexa_engine.events import FinishReason, Timings
+from helexa_engine.version import __version__
 
 from .served_model import ServedModel
 
@@ -15,6 +19,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 #: Upper bounds in seconds, from a fast token to a long answer.
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
+
+#: Upper bounds in tokens, from one to the longest contexts.
+TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5)) + (1e6,)
 
 
 class Histogram:
@@ -46,13 +53,29 @@ class ModelMetrics:
         self.time_to_first_token = Histogram()
         self.inter_token_latency = Histogram()
         self.request_latency = Histogram()
-        self.finished: Counter[str] = Counter()
+        self.queue_time = Histogram()
+        self.prefill_time = Histogram()
+        self.decode_time = Histogram()
+        self.time_per_output_token = Histogram()
+        self.prompt_tokens = Histogram(TOKENS)
+        self.generation_tokens = Histogram(TOKENS)
+        self.finished: Counter[str] = Counter(dict.fromkeys(get_args(FinishReason), 0))
         self.failed: Counter[str] = Counter()
+
+    def answered(self, tokens: int, timings: Timings) -> None:
+        """Counts one answer of a request that came to its end."""
+        self.generation_tokens.observe(tokens)
+        self.queue_time.observe(timings.queue_seconds)
+        self.prefill_time.observe(timings.prefill_seconds)
+        self.decode_time.observe(timings.decode_seconds)
+        if tokens > 1:
+            self.time_per_output_token.observe(timings.decode_seconds / (tokens - 1))
 
 
 def render(models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping[str, int]) -> str:
     """All metrics of all models; those of a model's engine once it is loaded. ``rejected`` counts by code what reached no model."""
     text = _Text()
+    text.sample("helexa_info", "gauge", f'version="{_escape(__version__)}"', 1)
     for code, count in rejected.items():
         text.sample("helexa_rejected_requests_total", "counter", f'code="{code}"', count)
     for model, metrics in models:
@@ -60,6 +83,12 @@ def render(models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping
         text.histogram("vllm:time_to_first_token_seconds", label, metrics.time_to_first_token)
         text.histogram("vllm:inter_token_latency_seconds", label, metrics.inter_token_latency)
         text.histogram("vllm:e2e_request_latency_seconds", label, metrics.request_latency)
+        text.histogram("vllm:request_queue_time_seconds", label, metrics.queue_time)
+        text.histogram("vllm:request_prefill_time_seconds", label, metrics.prefill_time)
+        text.histogram("vllm:request_decode_time_seconds", label, metrics.decode_time)
+        text.histogram("vllm:request_time_per_output_token_seconds", label, metrics.time_per_output_token)
+        text.histogram("vllm:request_prompt_tokens", label, metrics.prompt_tokens)
+        text.histogram("vllm:request_generation_tokens", label, metrics.generation_tokens)
         for reason, count in metrics.finished.items():
             text.sample("vllm:request_success_total", "counter", f'{label},finished_reason="{reason}"', count)
         for code, count in metrics.failed.items():
@@ -74,6 +103,9 @@ def render(models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping
         text.sample("vllm:generation_tokens_total", "counter", label, stats.generation_tokens_total)
         text.sample("vllm:num_preemptions_total", "counter", label, stats.preemptions_total)
         text.sample("helexa_engine_steps_total", "counter", label, stats.steps_total)
+        info = model.engine.model_info
+        for kind, size in (("weights", info.weight_bytes), ("kv", info.kv_bytes), ("states", info.state_bytes)):
+            text.sample("helexa_memory_bytes", "gauge", f'{label},kind="{kind}"', size)
         if model.load_seconds is not None:
             text.sample("helexa_load_seconds", "gauge", label, model.load_seconds)
     return text.render()

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from helexa_engine.generate_request import new_request_id
 
 from .errors import ERROR, RECORD
+from .logs import log_fields
 
 log = logging.getLogger("helexa_server.requests")
 
@@ -58,14 +59,8 @@ class RequestIds:
         finally:
             if RECORD not in scope and scope["path"] not in QUIET_PATHS:
                 error = scope.get(ERROR)
+                fields = {"id": scope[REQUEST_ID], "status": status, "seconds": time.monotonic() - started}
                 if error is not None:
                     scope["app"].state.rejected[error.code] += 1
-                log.info(
-                    "%s %s id=%s status=%d seconds=%.3f%s",
-                    scope["method"],
-                    Request(scope).url.path,
-                    scope[REQUEST_ID],
-                    status,
-                    time.monotonic() - started,
-                    f" error={error.code}: {error.message!r:.200}" if error is not None else "",
-                )
+                    fields["error"] = f"{error.code}: {error.message}"
+                log_fields(log, f"{scope['method']} {Request(scope).url.path}", fields)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from helexa_engine.errors import HelexaError
 from helexa_engine.events import Event, Failed, Finished, PromptProcessed
 
+from .logs import log_fields
 from .metrics import ModelMetrics
 
 log = logging.getLogger("helexa_server.requests")
@@ -37,11 +39,13 @@ class RequestRecord:
         if isinstance(event, PromptProcessed):
             self.prompt_tokens += len(event.prompt_token_ids)
             self.cached_tokens += event.cached_tokens
+            self.metrics.prompt_tokens.observe(len(event.prompt_token_ids))
         elif not isinstance(event, Failed):
             if event.token_ids:
                 self._tokens(len(event.token_ids), (prompt_index, event.index))
             if isinstance(event, Finished):
                 self.reasons.append(event.finish_reason)
+                self.metrics.answered(event.usage.completion_tokens, event.timings)
 
     def _tokens(self, count: int, answer: tuple[int, int]) -> None:
         now = time.monotonic()
@@ -61,18 +65,19 @@ class RequestRecord:
         else:
             self.metrics.request_latency.observe(seconds)
             self.metrics.finished.update(self.reasons or ["abort"])
-        log.info(
-            "%s id=%s%s model=%s prompt=%d cached=%d completion=%d reason=%s ttft=%s seconds=%.3f client=%s%s",
-            self.path,
-            self.request_id,
-            f" client_id={self.client_id}" if self.client_id else "",
-            self.model,
-            self.prompt_tokens,
-            self.cached_tokens,
-            self.completion_tokens,
-            self.error.code if self.error else ",".join(self.reasons) or "abort",
-            "-" if self.first_token_seconds is None else f"{self.first_token_seconds:.3f}",
-            seconds,
-            "gone" if self.client_gone else "here",
-            f" error={self.error.message!r:.200}" if self.error else "",
-        )
+        fields: dict[str, Any] = {"id": self.request_id}
+        if self.client_id is not None:
+            fields["client_id"] = self.client_id
+        fields |= {
+            "model": self.model,
+            "prompt": self.prompt_tokens,
+            "cached": self.cached_tokens,
+            "completion": self.completion_tokens,
+            "reason": self.error.code if self.error else ",".join(self.reasons) or "abort",
+            "ttft": self.first_token_seconds,
+            "seconds": seconds,
+            "client": "gone" if self.client_gone else "here",
+        }
+        if self.error is not None:
+            fields["error"] = self.error.message
+        log_fields(log, self.path, fields)

@@ -105,8 +105,8 @@ def test_one_log_line_for_every_request_but_probes(serve: Serve, caplog: pytest.
     wait_until(lambda: len(caplog.records) == 4)
     models, nowhere, refused, answered = (record.getMessage() for record in caplog.records)
     assert models.startswith("GET /v1/models id=mine status=200 seconds=0.")
-    assert nowhere.startswith("GET /nowhere id=mine status=404") and "error=not_found: " in nowhere
-    assert f"POST {CHAT} id=mine status=400" in refused and "error=invalid_request: " in refused
+    assert nowhere.startswith("GET /nowhere id=mine status=404") and "error='not_found: " in nowhere
+    assert f"POST {CHAT} id=mine status=400" in refused and "error='invalid_request: " in refused
     assert "client_id=mine" in answered and "completion=3" in answered
 
 
