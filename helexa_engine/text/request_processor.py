@@ -264,8 +264,7 @@ class RequestProcessor:
             if spec.json_schema is None and not spec.json_object:  # cannot stand beside calls in one grammar
                 return self.grammars.compile(spec, thinking)
             answer = spec
-        elif spec is not None:
-            raise InvalidRequest("tool_choice", "a forced tool call cannot be combined with structured output")
+        # A forced call leaves no text for a format to hold.
         if isinstance(choice, Mapping):
             named = choice.get("name") or choice["function"]["name"]
             tools, several = [tool for tool in tools if tool["function"]["name"] == named], False

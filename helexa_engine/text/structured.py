@@ -36,8 +36,9 @@ _CACHED_GRAMMARS = 64
 _LARGE_VOCABULARY = 32_768  # below, a mask costs less than handing its computation to another thread
 
 
-#: How JSON is laid out. White space between tokens is bounded: a small model can otherwise fill its whole context with it.
-_JSON: Any = {"whitespace_pattern": r"\n?[ ]{0,32}"}
+#: How JSON is laid out: a space between tokens, or a new line with its indentation. A small model can otherwise fill its whole
+#: context with white space.
+_JSON: Any = {"whitespace_pattern": r"([ ]|\n[ ]{0,32})?"}
 _LENIENT: Any = _JSON | {"lenient": True}
 
 
@@ -305,7 +306,44 @@ def _json_schema(spec: StructuredOutput) -> dict[str, Any]:
         json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(path, f"expected a JSON Schema of JSON values: {error}") from None
-    return dict(schema)
+    return closed(schema)
+
+
+_SCHEMA_MAPS = ("properties", "$defs", "definitions")
+_SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
+_APPLICATORS = ("anyOf", "oneOf", "$ref")
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """``schema`` with objects that list their properties and do not speak of others held to those listed.
+
+    JSON Schema allows any others; who writes a schema for a model rarely means that, and a small model loses itself in
+    properties of its own. vLLM and llama-server read it the same way. A schema that puts an object together from several parts is
+    left as it is: no part alone knows all properties.
+    """
+    parts = False
+
+    def visit(value: Any) -> Any:
+        nonlocal parts
+        if not isinstance(value, Mapping):
+            return value
+        parts = parts or "allOf" in value or ("properties" in value and any(key in value for key in _APPLICATORS))
+        result = dict(value)
+        for key in _SCHEMA_MAPS:
+            if isinstance(value.get(key), Mapping):
+                result[key] = {name: visit(each) for name, each in value[key].items()}
+        for key in _SCHEMA_LISTS:
+            if isinstance(value.get(key), list):
+                result[key] = [visit(each) for each in value[key]]
+        for key in ("items", "additionalProperties"):
+            if isinstance(value.get(key), Mapping):
+                result[key] = visit(value[key])
+        if "properties" in value and "patternProperties" not in value:
+            result.setdefault("additionalProperties", False)
+        return result
+
+    result: dict[str, Any] = visit(schema)
+    return dict(schema) if parts else result
 
 
 def _json_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
@@ -314,7 +352,7 @@ def _json_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
     definitions: dict[str, Any] = {}
     for i, tool in enumerate(tools):
         function = tool.get("function", tool)
-        parameters, own = _hoisted(function.get("parameters") or {"type": "object"}, f"tool{i}_")
+        parameters, own = _hoisted(closed(function.get("parameters") or {"type": "object"}), f"tool{i}_")
         definitions |= own
         branches.append(
             {
@@ -335,7 +373,7 @@ def _xml_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
     rules = []
     for i, tool in enumerate(tools):
         function = tool.get("function", tool)
-        parameters, definitions = _hoisted(function.get("parameters") or {}, "")
+        parameters, definitions = _hoisted(closed(function.get("parameters") or {}), "")
         required = set(parameters.get("required") or ())
         parts = [json.dumps(f"<function={function['name']}>\n")]
         for k, (key, schema) in enumerate((parameters.get("properties") or {}).items()):

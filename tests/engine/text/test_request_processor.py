@@ -177,6 +177,11 @@ def test_grammars(processor):
         assert (
             processor.prepare(GenerateRequest(messages=USER, tools=[TOOL], tool_choice=choice)).make_grammar is not None
         )
+    both = GenerateRequest(
+        messages=USER, tools=[TOOL], tool_choice="required", sampling_params=SamplingParams(structured=schema)
+    )
+    opening = allowed(processor.prepare(both).make_grammar(), processor.tokenizer)
+    assert opening[processor.tokenizer.token_id("<tool_call>")] and not opening[processor.tokenizer.encode("{")[0]]
     for free in (GenerateRequest(messages=USER, tools=[TOOL]), GenerateRequest(prompt="a")):
         grammar = (processor.prepare(free).make_grammar or (lambda: None))()
         assert grammar is None or (not grammar.is_finished() and allowed(grammar, processor.tokenizer).all())
@@ -195,15 +200,6 @@ def test_grammars(processor):
         (
             {"messages": USER, "sampling_params": SamplingParams(structured=StructuredOutput(regex="("))},
             "structured.regex",
-        ),
-        (
-            {
-                "messages": USER,
-                "tools": [TOOL],
-                "tool_choice": "required",
-                "sampling_params": SamplingParams(structured=StructuredOutput(regex="a")),
-            },
-            "tool_choice",
         ),
     ],
 )

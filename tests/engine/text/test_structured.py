@@ -120,17 +120,60 @@ def test_mask_and_logits_agree(compiler, tokenizer):
 
 
 @pytest.mark.parametrize("spec", [StructuredOutput(json_schema=SCHEMA), StructuredOutput(json_object=True)])
-def test_white_space_cannot_go_on_for_ever(compiler, tokenizer, spec):
-    state = compiler.compile(spec)
-    [opening] = tokenizer.encode("{")
-    [space] = tokenizer.encode(" ")
-    state.accept(opening)
-    taken = 0
-    while allowed(state, tokenizer.vocab_size)[space]:
-        state.accept(space)
-        taken += 1
-        assert taken <= 32
-    assert taken > 8
+def test_white_space_is_a_space_or_a_line_with_its_indentation(compiler, tokenizer, spec):
+    [opening], [space], [line] = (tokenizer.encode(text) for text in ("{", " ", "\n"))
+
+    def count(first):
+        state = compiler.compile(spec)
+        for token_id in (opening, first):
+            assert allowed(state, tokenizer.vocab_size)[token_id]
+            state.accept(token_id)
+        for taken in range(40):
+            mask = allowed(state, tokenizer.vocab_size)
+            assert not mask[line]
+            if not mask[space]:
+                return taken
+            state.accept(space)
+        raise AssertionError("white space went on for ever")
+
+    assert count(space) == 0 and count(line) == 32
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "integer"}}}, '{"a": 1}', '{"b": 1}'),
+        (
+            {"type": "array", "items": {"$ref": "#/$defs/x"}, "$defs": {"x": {"properties": {"a": {}}}}},
+            '[{"a": 1}]',
+            '[{"b": 1}]',
+        ),
+        ({"anyOf": [{"properties": {"a": {"type": "null"}}, "type": "object"}]}, '{"a": null}', '{"b": 1}'),
+        ({"properties": {"properties": {"type": "object"}}, "type": "object"}, '{"properties": {"b": 1}}', '{"b": 1}'),
+        (
+            {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}, "type": "object"},
+            '{"b": 1}',
+            '{"b": ""}',
+        ),
+        (
+            {"properties": {"a": {}}, "patternProperties": {"^b": {"type": "integer"}}, "type": "object"},
+            '{"b": 1}',
+            '{"b": ""}',
+        ),
+        ({"type": "object"}, '{"b": 1}', "[]"),
+        (  # an object put together from two lists of properties
+            {
+                "allOf": [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "integer"}}}],
+                "type": "object",
+            },
+            '{"a": 1, "b": 2}',
+            '{"a": ""}',
+        ),
+    ],
+)
+def test_properties_that_are_listed_are_all_there_are(compiler, tokenizer, schema, good, bad):
+    spec = StructuredOutput(json_schema=schema)
+    assert accepts(compiler.compile(spec), tokenizer, good) and not accepts(compiler.compile(spec), tokenizer, bad)
 
 
 def test_grammar_begins_after_thinking(compiler, tokenizer):
