@@ -531,6 +531,7 @@ class _XmlCall(_Call):
         self._tools = tools
         self._state = "function"
         self._text = ""  # read and not given out
+        self._searched = 0  # before this place in it no end tag begins
         self._first = True
         self._key = ""
         self._string: bool | None = False  # whether the value is a string; None: its first words will tell
@@ -574,6 +575,7 @@ class _XmlCall(_Call):
         types = types_of(self._value_schema(), self._schema())
         self._string = True if types == {"string"} else None if types <= {"string", "null"} else False
         self._text, self._state = "", "value"
+        self._searched = 0
         self._string_begun = False
 
     def _schema(self) -> Mapping[str, Any]:
@@ -600,16 +602,18 @@ class _XmlCall(_Call):
             if self._string and certain > 0:
                 self._give_string(self._text[:certain])
                 self._text = self._text[certain:]
+                self._searched -= certain
 
     def _tag_begins(self) -> int:
         """Where in the unread text an end tag stands, or may come to stand."""
-        place = self._text.find("<")
-        while place >= 0:
+        while (place := self._text.find("<", self._searched)) >= 0:
             tail = self._text[place:]
             if CLOSE_PARAMETER.startswith(tail) or _may_follow_a_call(tail):
+                self._searched = place
                 return place
-            place = self._text.find("<", place + 1)
-        return len(self._text)
+            self._searched = place + 1  # what is no beginning of a tag does not become one
+        self._searched = len(self._text)
+        return self._searched
 
     def _is_string(self, text: str) -> bool | None:
         """What the beginning of a value says where the schema leaves it open: a string, or else null, or else JSON's brackets."""

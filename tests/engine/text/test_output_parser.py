@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -289,6 +290,24 @@ def test_a_value_of_another_type_comes_when_it_is_complete():
         CallArguments(0, '{"count": '),
     ]
     assert parser.push("3\n</parameter>") == [CallArguments(0, "123")]
+
+
+@pytest.mark.parametrize("key", ["text", "rows"])
+def test_long_values_take_time_in_proportion(key):
+    """Strings as they come, and a list of them when it is complete; both full of what looks like tags."""
+    parameters = {"properties": {"text": {"type": "string"}, "rows": {"type": "array"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    def seconds(rows):
+        value = json.dumps(["<p>row</p> </parameter </f" for _ in range(rows)])
+        answer = f"<tool_call><function=f><parameter={key}>{value}</parameter></function>"
+        parser, begun = OutputParser(tools=tools), time.process_time()
+        pieces = [piece for char in answer for piece in parser.push(char)]
+        [(_, arguments)] = fold(pieces + parser.flush())[2]
+        assert json.loads(arguments)[key] == (json.loads(value) if key == "rows" else value)
+        return time.process_time() - begun
+
+    assert seconds(2000) < 60 * max(seconds(200), 0.005)  # ten times as long; squared it would be a hundred
 
 
 def test_content_is_held_back_only_as_long_as_needed():
