@@ -154,24 +154,50 @@ def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, A
     return document
 
 
-def resolve(config: type[Config], flags: Mapping[str, Any], toml: Mapping[str, Any] | None = None) -> Config:
-    """``config`` filled from flags, environment, TOML table and defaults, in this order. Raises :class:`InvalidRequest`."""
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of a config with where its value comes from: a flag, ``environment HELEXA_...``, a key of a file, or ``default``."""
+
+    name: str
+    value: Any
+    source: str
+
+
+def settings(
+    config: type, flags: Mapping[str, Any], toml: Mapping[str, Any] | None = None, toml_name: str = ""
+) -> list[Setting]:
+    """Every field of ``config``, from flags, environment, TOML table and defaults, in this order.
+
+    ``toml_name`` stands before the keys of the table in messages. Raises :class:`InvalidRequest` that names the source.
+    """
     hints = typing.get_type_hints(config)
-    values: dict[str, Any] = {}
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+    found: list[Setting] = []
+    for f in dataclasses.fields(config):
         kinds, choices, _ = _kinds(hints[f.name])
         if flags.get(f.name) is not None:
             value, source = flags[f.name], "--" + f.name.replace("_", "-")
         elif (from_env := env.option(f.name)) is not None:
             value, source = from_env, f"environment {env.PREFIX}{f.name.upper()}"
         elif toml and f.name in toml:
-            value, source = toml[f.name], f.name
+            value, source = toml[f.name], toml_name + f.name
         else:
-            continue
-        if isinstance(value, str) and not choices and str not in kinds:
+            value, source = f.default, "default"
+        if isinstance(value, str) and source != "default" and not choices and str not in kinds:
             value = _parse(value, kinds, source)
-        values[f.name] = value
-    return config(**values)
+        found.append(Setting(f.name, value, source))
+    return found
+
+
+def resolve(
+    config: type[Config], flags: Mapping[str, Any], toml: Mapping[str, Any] | None = None, toml_name: str = ""
+) -> Config:
+    """``config`` filled as :func:`settings` says. Raises :class:`InvalidRequest` that names the source of a bad value."""
+    found = settings(config, flags, toml, toml_name)
+    try:
+        return config(**{setting.name: setting.value for setting in found})
+    except InvalidRequest as error:
+        source = next(setting.source for setting in found if setting.name == error.path)
+        raise InvalidRequest(source, error.reason) from None
 
 
 def _parse(text: str, kinds: tuple[type, ...], source: str) -> Any:

@@ -57,9 +57,18 @@ def option(name: str) -> str | None:
 
 
 def config_file() -> Path | None:
-    """``HELEXA_CONFIG``: path of a TOML file; relative to the working directory."""
+    """``HELEXA_CONFIG``: path of a TOML file; relative to the working directory. Else ``$XDG_CONFIG_HOME/helexa/config.toml``
+    (``~/.config`` without it), if that is there."""
     value = _get("CONFIG")
-    return Path(value) if value else None
+    if value:
+        return Path(value)
+    usual = _xdg_folder("XDG_CONFIG_HOME", ".config") / "helexa" / "config.toml"
+    return usual if usual.is_file() else None
+
+
+def _xdg_folder(name: str, below_home: str) -> Path:
+    base = os.environ.get(name, "")  # to be ignored unless absolute, says the XDG specification
+    return Path(base) if base.startswith("/") else Path.home() / below_home
 
 
 def cache_folder() -> Path:
@@ -67,8 +76,7 @@ def cache_folder() -> Path:
     value = _get("CACHE")
     if value:
         return Path(value).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME", "")  # to be ignored unless absolute, says the XDG specification
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "helexa"
+    return _xdg_folder("XDG_CACHE_HOME", ".cache") / "helexa"
 
 
 def api_key() -> str | None:

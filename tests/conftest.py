@@ -1,4 +1,4 @@
-"""What holds for every test: nothing is written into the user's own cache, and torch keeps to one thread."""
+"""What holds for every test: nothing is written into the user's cache nor read from their settings, and torch keeps to one thread."""
 
 from __future__ import annotations
 
@@ -16,4 +16,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HELEXA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         yield

@@ -26,6 +26,7 @@ COMMANDS = {
     "rm": "delete a model from the hub's cache",
     "quantize": "write a model as a quantised GGUF file",
     "info": "say what a model file holds, without loading it",
+    "config": "show every setting and where its value comes from",
     "doctor": "check this machine and this installation",
     "bench": "measure prefill and decode speed against the memory's limit",
     "completion": "print a completion script for bash, zsh or fish",
@@ -40,8 +41,8 @@ class Command(Protocol):
     def run(self, arguments: argparse.Namespace) -> int: ...
 
 
-#: Modules whose name is not the command's: a submodule ``list`` would hide the built-in of that name here.
-MODULES = {"list": "list_models"}
+#: Modules whose name is not the command's: a submodule ``list`` would hide the built-in of that name here, and ``config`` the leaf.
+MODULES = {"list": "list_models", "config": "config_show"}
 
 
 def command_module(name: str) -> Command:

@@ -20,23 +20,32 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         type=Path,
-        help="TOML file with tables [engine] and [server]; environment HELEXA_CONFIG. "
-        "Precedence: flag, environment HELEXA_<NAME>, this file, default.",
+        help="TOML file with tables [engine] and [server]; environment HELEXA_CONFIG, else ~/.config/helexa/config.toml "
+        "if it exists. Precedence: flag, environment HELEXA_<NAME>, this file, default; `helexa config show` says what came from where",
     )
+
+
+def config_path(arguments: argparse.Namespace) -> Path | None:
+    """The TOML file that is read, if any."""
+    path: Path | None = arguments.config or env.config_file()
+    return path
 
 
 def resolve_config(arguments: argparse.Namespace, name: str, kind: type[config.Config]) -> config.Config:
     """``kind`` filled from flags, environment, table ``name`` of the TOML file and defaults. Raises :class:`UsageError`."""
     try:
-        path: Path | None = arguments.config or env.config_file()
-        table: dict[str, Any] = {}
-        if path is not None:
-            from helexa_server.config import ServerConfig
-
-            table = config.read_toml(path, {"engine": EngineConfig, "server": ServerConfig}).get(name, {})
-        return config.resolve(kind, vars(arguments), table)
+        return config.resolve(kind, vars(arguments), *config_table(config_path(arguments), name))
     except InvalidRequest as error:
         raise UsageError(str(error)) from None
+
+
+def config_table(path: Path | None, name: str) -> tuple[dict[str, Any], str]:
+    """Table ``name`` of the file and what to call it in messages. Raises :class:`InvalidRequest`: the file has unknown keys."""
+    if path is None:
+        return {}, ""
+    from helexa_server.config import ServerConfig
+
+    return config.read_toml(path, {"engine": EngineConfig, "server": ServerConfig}).get(name, {}), f"{path}: {name}."
 
 
 def model_path(model: str, *, offline: bool = False) -> Path:

@@ -90,7 +90,7 @@ def test_a_closed_pipe_is_quiet() -> None:
     ("flags", "words"),
     [
         (["--max-num-seqs", "many"], "--max-num-seqs: expected int, got 'many'"),
-        (["--max-num-seqs", "0"], "max_num_seqs: expected at least 1"),
+        (["--max-num-seqs", "0"], "--max-num-seqs: expected at least 1"),
         (["--temperature", "-1"], "--temperature: expected a finite number >= 0"),
         (["--top-p", "0"], "--top-p: expected a finite number > 0"),
         (["--config", "absent.toml"], "no such file: absent.toml"),
