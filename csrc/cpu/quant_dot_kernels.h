@@ -421,7 +421,8 @@ struct FloatStep<QuantType::BF16> {
   }
 };
 
-template <QuantType kType, int kGroups, int kRows>
+// kSwapped: of each two steps the second first.
+template <QuantType kType, int kGroups, int kRows, bool kSwapped = false>
 inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, float* sums) {
   using Step = FloatStep<kType>;
   F total[kRows][kGroups];
@@ -429,7 +430,8 @@ inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth, c
     for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::load(sums + r * kSumStride + n * kLanes);
   const uint8_t* w[2] = {a, b};
   const int steps = div_up(depth, Step::kColumns);
-  for (int k = 0; k < steps; ++k) {
+  for (int i = 0; i < steps; ++i) {
+    const int k = kSwapped ? i ^ 1 : i;
     decltype(Step::load(a)) weight[kGroups];
     for (int n = 0; n < kGroups; ++n) weight[n] = Step::load(w[n] + k * Step::kBytes);
 #pragma GCC unroll Lanes::kUnroll
@@ -463,34 +465,40 @@ void float_tile(const float* a, const float* b, int depth, const FloatChunk* x, 
                                 rows, sums);
 }
 
-// Without the instruction taking pairs apart costs as much as multiplying: done once here, odd columns first, which is
-// the instruction's order.
+void widen(QuantType type, const uint8_t* source, int depth, float* out) {
+  if (type == QuantType::F16) {
+    for (int k = 0; k < depth; ++k) Lanes::store(out + k * kLanes, Lanes::load_half(source + k * 32));
+    return;
+  }
+  for (int k = 0; k < depth; k += 2) {
+    const B pairs = Lanes::load_bytes(source + k * 32);
+    Lanes::store(out + k * kLanes, Lanes::even(pairs)), Lanes::store(out + (k + 1) * kLanes, Lanes::odd(pairs));
+  }
+}
+
+// Without the instruction taking pairs apart costs as much as multiplying: it is done once here. Odd columns are added
+// first, which is the instruction's order.
 template <int kGroups>
 void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows,
                              float* sums) {
   constexpr int kStep = Lanes::kFloatTileRows;
   alignas(64) float weights[2][kChunk * kLanes];
-  FloatChunk swapped[kStep];
-  const int pairs = div_up(depth, 2);
+  FloatChunk rounded[kStep];
+  const int columns = 2 * div_up(depth, 2);
   const uint8_t* packed[2] = {a, b};
-  for (int n = 0; n < kGroups; ++n)
-    for (int k = 0; k < pairs; ++k) {
-      const B pair = Lanes::load_bytes(packed[n] + 64 * k);
-      Lanes::store(weights[n] + 2 * k * kLanes, Lanes::odd(pair));
-      Lanes::store(weights[n] + (2 * k + 1) * kLanes, Lanes::even(pair));
-    }
-  const auto* bytes_a = reinterpret_cast<const uint8_t*>(weights[0]);
-  const auto* bytes_b = reinterpret_cast<const uint8_t*>(weights[1]);
+  for (int n = 0; n < kGroups; ++n) widen(QuantType::BF16, packed[n], columns, weights[n]);
+  const auto* w0 = reinterpret_cast<const uint8_t*>(weights[0]);
+  const auto* w1 = reinterpret_cast<const uint8_t*>(weights[1]);
   for (int r = 0; r < rows; r += kStep) {
     const int count = rows - r < kStep ? rows - r : kStep;
     for (int i = 0; i < count; ++i)
-      for (int k = 0; k < 2 * pairs; ++k) swapped[i].x[k] = float_from_bfloat16(x[r + i].rounded[k ^ 1]);
+      for (int k = 0; k < columns; ++k) rounded[i].x[k] = float_from_bfloat16(x[r + i].rounded[k]);
+    float* out = sums + r * kSumStride;
     if (count == kStep) {
-      float_register_tile<QuantType::F32, kGroups, kStep>(bytes_a, bytes_b, 2 * pairs, swapped, sums + r * kSumStride);
+      float_register_tile<QuantType::F32, kGroups, kStep, true>(w0, w1, columns, rounded, out);
     } else {
       for (int i = 0; i < count; ++i)
-        float_register_tile<QuantType::F32, kGroups, 1>(bytes_a, bytes_b, 2 * pairs, swapped + i,
-                                                        sums + (r + i) * kSumStride);
+        float_register_tile<QuantType::F32, kGroups, 1, true>(w0, w1, columns, rounded + i, out + i * kSumStride);
     }
   }
 }
@@ -556,17 +564,6 @@ void float_matvec(QuantType type, const uint8_t* a, const uint8_t* b, int64_t co
   if (type == QuantType::F16) return float_matvec_type<QuantType::F16>(a, b, cols, x, chunk_stride, rows, sums);
   if (type == QuantType::BF16) return float_matvec_type<QuantType::BF16>(a, b, cols, x, chunk_stride, rows, sums);
   float_matvec_type<QuantType::F32>(a, b, cols, x, chunk_stride, rows, sums);
-}
-
-void widen(QuantType type, const uint8_t* source, int depth, float* out) {
-  if (type == QuantType::F16) {
-    for (int k = 0; k < depth; ++k) Lanes::store(out + k * kLanes, Lanes::load_half(source + k * 32));
-    return;
-  }
-  for (int k = 0; k < depth; k += 2) {
-    const B pairs = Lanes::load_bytes(source + k * 32);
-    Lanes::store(out + k * kLanes, Lanes::even(pairs)), Lanes::store(out + (k + 1) * kLanes, Lanes::odd(pairs));
-  }
 }
 
 // --- Activations ----------------------------------------------------------------------------------------------------
