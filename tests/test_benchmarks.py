@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.engine import base, llama_cpp
 from benchmarks.engine.cases import GROUPS, Case, is_recorded, rows_of
+from benchmarks.engine.summary import newest_pairs, summary
 from helexa_engine.presets import PRESETS
 from helexa_engine.quant import mixes
 
@@ -47,6 +48,18 @@ def test_a_row_counts_for_its_commit_level_and_lengths_with_the_peers_behind_it(
     assert not recorded([row(), row("llama.cpp", prefill_tokens=512)], peer=True)
 
 
+def test_the_summary_takes_the_newest_pair_and_the_geometric_mean() -> None:
+    slow = row(prefill_tokens_per_second=50.0, decode_share_of_bandwidth=0.5)
+    fast = row(date="later", commit="abd", decode_share_of_bandwidth=0.5)
+    other = row(model="qwen3-0.6b Q6_K", prefill_tokens_per_second=800.0, decode_share_of_bandwidth=0.5)
+    peer = row("llama.cpp", prefill_tokens_per_second=100.0, decode_tokens_per_second=30.0)
+    rows = [slow, peer, fast, peer | {"date": "later"}, fast, other, peer, other, peer | {"date": "another run"}]
+    assert newest_pairs(rows) == [(fast, peer | {"date": "later"}), (other, peer)]
+    assert newest_pairs(rows, "abc") == [(slow, peer), (other, peer)]
+    last = summary(newest_pairs(rows)).splitlines()[-1]
+    assert "geometric mean of 2: prefill 4.00x (least 2.00x), decode 1.00x (least 1.00x)" in last
+
+
 def test_recorded_rows_can_be_read_and_say_what_they_compare() -> None:
     rows = rows_of(Path(base.ROOT) / "benchmarks" / "results" / "engine.jsonl")
     assert rows and {row["engine"] for row in rows} == {"helexa", "llama.cpp"}
@@ -70,7 +83,8 @@ def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["engine.__main__", "ops.paged_attention", "ops.quant_matmul", "ops.quantize", "ops.moe_matmul"]
+    "name",
+    ["engine.__main__", "engine.summary", "ops.paged_attention", "ops.quant_matmul", "ops.quantize", "ops.moe_matmul"],
 )
 def test_every_benchmark_imports(name: str) -> None:
     assert callable(importlib.import_module(f"benchmarks.{name}").main)
