@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import math
 import random
 import statistics
 import tempfile
@@ -253,13 +252,14 @@ def report(row: dict[str, Any]) -> str:
     if row["resident_bytes"] is not None:
         before = row["resident_bytes_before_load"]
         lines.append(("resident", f"{row['resident_bytes'] / 1e6:.0f} MB, {before / 1e6:.0f} MB of it before loading"))
+    outside = row.get("decode_share_outside_kernels")
     lines += [
         (f"prefill {row['prefill_tokens']}", f"{row['prefill_tokens_per_second']:.1f} tokens/s"),
         (
             f"decode {row['decode_tokens']}" + (f"@{row['decode_context']}" if row["decode_context"] else ""),
             f"{row['decode_tokens_per_second']:.1f} tokens/s, {row['decode_share_of_bandwidth']:.0%} of the bandwidth's limit of "
-            f"{bandwidth / row['decode_bytes_per_token']:.1f}; overhead {row['decode_overhead_per_layer_microseconds']:.0f} us a layer; "
-            f"{row.get('decode_share_outside_kernels', math.nan):.1%} outside the kernels",
+            f"{bandwidth / row['decode_bytes_per_token']:.1f}; overhead {row['decode_overhead_per_layer_microseconds']:.0f} us a layer"
+            + (f"; {outside:.1%} of a step outside the kernels" if outside is not None else ""),
         ),
     ]
     return "\n".join(f"{title:>12}  {text}" for title, text in lines)
