@@ -10,7 +10,7 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -65,6 +65,13 @@ class EngineConfig:
         512, "most tokens in one step; longer prompts are computed in chunks", low=16, high=65536
     )
     memory_fraction: float = knob(0.9, "share of free memory that weights and KV pages may take", low=0.05, high=1.0)
+    prefix_cache: bool = knob(True, "reuse what is computed of a prompt for others that begin with the same tokens")
+    state_snapshots: int = knob(
+        32, "states of hybrid models kept for that, as far as they fit beside the context", low=0, high=4096
+    )
+    snapshot_interval: int = knob(
+        1024, "tokens of a prompt from one such state to the next, a multiple of 64", low=64, high=1048576
+    )
     seed: int | None = knob(None, "seed for requests that give none; default: drawn at start")
     mmap_experts: bool = knob(
         False,
@@ -115,14 +122,11 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...], bool]:
     return tuple(kinds), tuple(choices), type(None) in parts
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
-    """One ``--flag`` a field, or for those in ``only``. A flag that is not given stays out of the namespace, so that it does not
-    hide lower layers."""
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """One ``--flag`` a field. A flag that is not given stays out of the namespace, so that it does not hide lower layers."""
     hints = typing.get_type_hints(config)
     group = parser.add_argument_group(f"{config.__name__.removesuffix('Config').lower()} options")
     for f in dataclasses.fields(config):
-        if only is not None and f.name not in only:
-            continue
         kinds, choices, _ = _kinds(hints[f.name])
         flag = "--" + f.name.replace("_", "-")
         note = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")

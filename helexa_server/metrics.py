@@ -99,6 +99,11 @@ def render(models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping
         text.sample("vllm:num_requests_running", "gauge", label, stats.num_running)
         text.sample("vllm:num_requests_waiting", "gauge", label, stats.num_waiting)
         text.sample("vllm:kv_cache_usage_perc", "gauge", label, stats.kv_cache_usage)
+        text.sample("vllm:prefix_cache_queries_total", "counter", label, stats.prefix_cache_queries_total)
+        text.sample("vllm:prefix_cache_hits_total", "counter", label, stats.prefix_cache_hits_total)
+        if stats.snapshots_total:
+            share = stats.snapshots_used / stats.snapshots_total
+            text.sample("helexa_snapshot_bytes", "gauge", label, model.engine.model_info.snapshot_bytes * share)
         text.sample("vllm:prompt_tokens_total", "counter", label, stats.prompt_tokens_total)
         text.sample("vllm:generation_tokens_total", "counter", label, stats.generation_tokens_total)
         text.sample("vllm:num_preemptions_total", "counter", label, stats.preemptions_total)

@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "helexa_engine.text": {"helexa_engine.text.messages"},
     "helexa_engine.text.messages": {"helexa_engine.text"},
     "helexa_engine.presets": {"helexa_engine.quant", "helexa_engine.weights"},
-    "helexa_engine.runtime.sequence": set(),
+    "helexa_engine.runtime.sequence": {"helexa_engine.cache"},
     "helexa_engine.runtime.scheduler": {"helexa_engine.cache", "helexa_engine.runtime.sequence"},
     "helexa_engine.runtime.sampler": set(),
     "helexa_engine.runtime": {

@@ -47,7 +47,7 @@ class AttentionCache:
 
 @dataclass(frozen=True, slots=True)
 class StateCacheSpec:
-    """The states of one gated delta net layer: a slot for each running sequence, whatever its length.
+    """The states of one gated delta net layer: a slot for each running sequence and for each snapshot, whatever its length.
 
     States are float32: rounding them from token to token drifts.
     """
@@ -91,6 +91,11 @@ class StateCache:
         for slot in slots:
             self.conv_state[slot].zero_()
             self.recurrent_state[slot].zero_()
+
+    def copy(self, source: int, target: int) -> None:
+        """What slot ``source`` remembers, into slot ``target`` as well."""
+        self.conv_state[target].copy_(self.conv_state[source])
+        self.recurrent_state[target].copy_(self.recurrent_state[source])
 
 
 CacheSpec = AttentionCacheSpec | StateCacheSpec

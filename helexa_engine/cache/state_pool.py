@@ -4,15 +4,17 @@ from __future__ import annotations
 
 
 class StatePool:
-    """State slots ``0 .. num_slots-1``, one a running sequence.
+    """State slots ``first .. first+num_slots-1``: one a running sequence, or one a snapshot in the prefix cache.
 
     Taking one when none is free and releasing what is not held are errors of the caller, hence assertions.
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, first: int = 0) -> None:
         assert num_slots > 0, f"a pool needs at least one slot, got {num_slots}"
         self.num_slots = num_slots
-        self._free = list(range(num_slots - 1, -1, -1))  # a stack: the slot released last is warm in the caches
+        self._free = list(
+            range(first + num_slots - 1, first - 1, -1)
+        )  # a stack: the last one released is warm in the caches
         self._held: set[int] = set()
 
     @property

@@ -13,7 +13,7 @@ from ..errors import ContextLengthExceeded, HelexaError, InvalidRequest
 from ..events import Timings
 from ..sampling_params import SamplingParams
 from .model_runner import ModelRunner
-from .sampler import Grammar, Logits, Logprobs, Sampler, SamplingFailed, log_probabilities, logprobs_of
+from .sampler import DAMAGED, Grammar, Logits, Logprobs, Sampler, SamplingFailed, log_probabilities, logprobs_of
 from .scheduler import Chunk, Scheduler
 from .sequence import Sequence
 
@@ -34,6 +34,8 @@ class EngineRequest:
         eos_token_ids: end-of-turn tokens of the model; they end an answer unless ``ignore_eos``, and then too when a grammar is
             complete.
         make_grammar: gives each answer a constraint of its own, or None.
+        last_message_start: where in the prompt the last message begins, if it is a conversation: another prompt may well leave this
+            one there, so a snapshot of recurrent states is kept before it.
         on_prompt_logits: called with (position, logits [rows, vocab_size]) for consecutive rows of the prompt; the array is
             valid during the call only.
     """
@@ -44,6 +46,7 @@ class EngineRequest:
     eos_token_ids: frozenset[int] = frozenset()
     make_grammar: Callable[[], Grammar] | None = None
     on_prompt_logits: Callable[[int, Logits], None] | None = None
+    last_message_start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class StepOutput:
         prompt_logprobs: beside the first token, when asked for; entry 0 is None, nothing predicts the first token.
         finish_reason: ``stop`` (an end token, which is ``token_id``) or ``length``; None while the answer goes on.
         stop_token_id: the member of ``stop_token_ids`` that ended the answer; None for the model's own end-of-turn tokens.
+        cached_tokens: prompt tokens that this answer did not have to compute.
         timings: up to this token.
         error: why the request failed; its answers are gone.
     """
@@ -67,13 +71,21 @@ class StepOutput:
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_token_id: int | None = None
+    cached_tokens: int = 0
     timings: Timings = field(default_factory=lambda: Timings(0.0, 0.0, 0.0))
     error: HelexaError | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Gauges of now and counters since the start. A prompt counts when it is complete, once for each answer."""
+    """Gauges of now and counters since the start. A prompt counts when it is complete, once for each answer.
+
+    Attributes:
+        kv_pages_used: pages of running sequences; those that only the prefix cache holds are free for all who need them.
+        kv_pages_cached: the latter.
+        prefix_cache_queries_total, prefix_cache_hits_total: prompt tokens looked up in the prefix cache, and those found.
+        snapshots_used, snapshots_total: slots for snapshots of recurrent states.
+    """
 
     num_running: int
     num_waiting: int
@@ -83,10 +95,15 @@ class EngineStats:
     generation_tokens_total: int
     preemptions_total: int
     steps_total: int
+    kv_pages_cached: int = 0
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
+    snapshots_used: int = 0
+    snapshots_total: int = 0
 
     @property
     def kv_cache_usage(self) -> float:
-        """Share of the KV pages in use, 0 to 1."""
+        """Share of the KV pages in use by running sequences, 0 to 1."""
         return self.kv_pages_used / self.kv_pages_total
 
 
@@ -192,14 +209,14 @@ class Engine:
                 grammar=request.make_grammar() if request.make_grammar else None,
             )
             scores_prompt = params.prompt_logprobs is not None or request.on_prompt_logits is not None
-            # The prompt is the same for every answer: the first one scores it.
-            answers.append(
-                _Answer(request, sequence, sampler, eos.union(params.stop_token_ids), scores_prompt and index == 0)
-            )
+            # The prompt is the same for every answer: the first one scores it, and so has to compute it.
+            answer = _Answer(request, sequence, sampler, eos.union(params.stop_token_ids), scores_prompt and index == 0)
+            sequence.reuses_prefix = not answer.scores_prompt
+            answers.append(answer)
         self._requests[request.request_id] = answers
         for answer in answers:
             self._answers[answer.sequence] = answer
-            self.scheduler.add(answer.sequence)
+            self.scheduler.add(answer.sequence, request.last_message_start)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one of its answers, in whatever phase it is, and frees its pages. Unknown ids are no error."""
@@ -236,6 +253,12 @@ class Engine:
             self.scheduler.computed(chunk)
             if chunk.samples:
                 sampling.append((answer, first - 1))
+            elif self.runner.is_finite(hidden, first - 1):
+                self.scheduler.keep(chunk.sequence)
+            else:
+                error = SamplingFailed(f"the hidden state of prompt token {chunk.end - 1} is not finite; {DAMAGED}")
+                outputs.append(self._fail(answer, error))
+                continue
             if answer.scores_prompt:
                 try:
                     self._score_prompt(answer, chunk, hidden[rows])
@@ -250,6 +273,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Reads counters only, so any thread may call it."""
+        prefixes = self.scheduler.prefixes
+        snapshots = None if prefixes is None else prefixes.snapshots
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -259,6 +284,11 @@ class Engine:
             generation_tokens_total=self._generation_tokens,
             preemptions_total=self.scheduler.num_preemptions,
             steps_total=self._steps,
+            kv_pages_cached=self.scheduler.pool.num_idle,
+            prefix_cache_queries_total=self.scheduler.num_prefix_queries,
+            prefix_cache_hits_total=self.scheduler.num_prefix_hits,
+            snapshots_used=0 if snapshots is None else snapshots.num_used,
+            snapshots_total=0 if snapshots is None else snapshots.num_slots,
         )
 
     def close(self) -> None:
@@ -271,6 +301,7 @@ class Engine:
             token_id, logprobs = answer.sampler.sample(logits)
         except Exception as error:  # a grammar may raise anything; the others in the batch are not to blame
             return self._fail(answer, error)
+        self.scheduler.keep(sequence)  # its logits are finite
         is_first = sequence.num_output_tokens == 0
         reports_prompt = params.prompt_logprobs is not None and answer.scores_prompt
         if is_first:
@@ -294,6 +325,7 @@ class Engine:
             prompt_logprobs=tuple(answer.prompt_logprobs) if is_first and reports_prompt else None,
             finish_reason=finish_reason,
             stop_token_id=token_id if finish_reason == "stop" and token_id in params.stop_token_ids else None,
+            cached_tokens=sequence.num_cached_tokens,
             timings=sequence.timings(),
         )
 

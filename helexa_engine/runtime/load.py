@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .. import env
 from ..cache.page_pool import PagePool
+from ..cache.prefix_cache import PrefixCache
 from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, KvDtype, StateCacheSpec
 from ..cache.state_pool import StatePool
 from ..config import EngineConfig
@@ -49,7 +50,8 @@ class ModelInfo:
         architecture: HuggingFace's ``model_type``.
         vocab_size: width of the logits.
         max_model_len: longest prompt plus answer, in tokens, derived from what fits.
-        weight_bytes, kv_bytes, state_bytes: memory taken by weights and reserved for KV pages and recurrent states.
+        weight_bytes, kv_bytes, state_bytes, snapshot_bytes: memory taken by weights and reserved for KV pages, recurrent states
+            and their snapshots in the prefix cache.
         capabilities: what may be asked of it, as its chat template was seen to do.
     """
 
@@ -61,6 +63,7 @@ class ModelInfo:
     weight_bytes: int
     kv_bytes: int
     state_bytes: int
+    snapshot_bytes: int = 0
     capabilities: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -185,6 +188,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         weight_bytes=weight_bytes,
         kv_bytes=memory.kv_bytes,
         state_bytes=memory.state_bytes,
+        snapshot_bytes=memory.snapshot_bytes,
         capabilities=processor.capabilities(),
     )
     report("ready", 1.0)
@@ -241,23 +245,29 @@ def build_engine(
     """An engine over a loaded model, with its KV pages and states reserved."""
     pages_per_seq = -(-memory.max_model_len // PAGE_SIZE)
     has_states = any(isinstance(spec, StateCacheSpec) for spec in specs)
+    num_slots = config.max_num_seqs + memory.num_snapshots
+    pool = PagePool(memory.num_pages)
+    prefixes = None
+    if config.prefix_cache and not has_states:
+        prefixes = PrefixCache(pool)
+    elif config.prefix_cache and memory.num_snapshots:
+        prefixes = PrefixCache(pool, StatePool(memory.num_snapshots, first=config.max_num_seqs))
     runner = ModelRunner(
         model,
-        [
-            spec.allocate(memory.num_pages if isinstance(spec, AttentionCacheSpec) else config.max_num_seqs)
-            for spec in specs
-        ],
+        [spec.allocate(memory.num_pages if isinstance(spec, AttentionCacheSpec) else num_slots) for spec in specs],
         page_size=PAGE_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_pages_per_seq=pages_per_seq,
     )
     scheduler = Scheduler(
-        PagePool(memory.num_pages),
+        pool,
         page_size=PAGE_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         states=StatePool(config.max_num_seqs) if has_states else None,
+        prefixes=prefixes,
+        snapshot_interval=config.snapshot_interval,
     )
     return Engine(runner, scheduler, vocab_size=vocab_size, max_model_len=memory.max_model_len, seed=config.seed)
 
@@ -278,6 +288,10 @@ def plan_memory(
             f"expected at least {needed}: a chunk of {PAGE_SIZE} tokens and a token of each other sequence "
             f"(max_num_seqs={config.max_num_seqs}) share a step; got {config.max_num_batched_tokens}",
         )
+    if config.snapshot_interval % PAGE_SIZE:
+        raise InvalidRequest(
+            "snapshot_interval", f"expected a multiple of {PAGE_SIZE} tokens, got {config.snapshot_interval}"
+        )
     return plan(
         weight_bytes=weight_bytes,
         page_bytes=sum(spec.page_bytes for spec in specs if isinstance(spec, AttentionCacheSpec)),
@@ -290,6 +304,7 @@ def plan_memory(
         available_bytes=available_bytes() if available is None else available,
         memory_fraction=config.memory_fraction,
         mapped_bytes=mapped_bytes,
+        num_snapshots=config.state_snapshots if config.prefix_cache else 0,
     )
 
 

@@ -10,6 +10,9 @@ from ..errors import InvalidRequest, ModelDoesNotFit
 #: Context a seat gets by default when every seat is taken; a single sequence may always use ``max_model_len``.
 TOKENS_PER_SEAT = 4096
 
+#: Snapshots of recurrent states may take this much of the memory that the context could have as well.
+SNAPSHOT_SHARE = 0.25
+
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "max"
 
 
@@ -22,6 +25,7 @@ class MemoryPlan:
         page_bytes: one KV page across all layers.
         num_pages: pages reserved.
         state_bytes: recurrent states of every sequence that may run; they do not grow with its length.
+        snapshot_bytes: snapshots of such states in the prefix cache, ``num_snapshots`` of them.
         workspace_bytes: activations and logits of the largest step.
         max_model_len: longest prompt plus answer, in tokens.
         available_bytes: what the device had free when this was planned.
@@ -36,6 +40,8 @@ class MemoryPlan:
     max_model_len: int
     available_bytes: int
     mapped_bytes: int = 0
+    num_snapshots: int = 0
+    snapshot_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -43,10 +49,12 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.workspace_bytes
+        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.snapshot_bytes + self.workspace_bytes
 
     def __str__(self) -> str:
         states = f" + states {_size(self.state_bytes)}" if self.state_bytes else ""
+        if self.num_snapshots:
+            states += f" + {self.num_snapshots} snapshots of them {_size(self.snapshot_bytes)}"
         return (
             f"weights {_size(self.weight_bytes)} + KV pages {_size(self.kv_bytes)} ({self.num_pages} pages){states} + workspace "
             f"{_size(self.workspace_bytes)} = {_size(self.total_bytes)} of {_size(self.available_bytes)} free; context "
@@ -68,11 +76,13 @@ def plan(
     available_bytes: int,
     memory_fraction: float,
     mapped_bytes: int = 0,
+    num_snapshots: int = 0,
     device: str = "this machine",
 ) -> MemoryPlan:
     """Shares ``memory_fraction`` of ``available_bytes`` out to weights, workspace, states and KV pages, in this order.
 
-    ``state_slot_bytes`` are the recurrent states of one sequence across all layers; each of ``max_num_seqs`` has its own.
+    ``state_slot_bytes`` are the recurrent states of one sequence across all layers; each of ``max_num_seqs`` has its own, and of
+    the ``num_snapshots`` wanted there are as many as fit into :data:`SNAPSHOT_SHARE` of what the context asked for leaves.
 
     The context is what was asked for (``max_model_len``), else what the model allows, cut to what fits. Pages beyond one sequence
     of that length are reserved for the other seats, :data:`TOKENS_PER_SEAT` tokens each, as far as they fit.
@@ -98,6 +108,13 @@ def plan(
         else:
             advice = "take a smaller model or a smaller quantisation, or free memory"
         raise ModelDoesNotFit(needed, budget, device, f"{advice} (memory_fraction={memory_fraction:g})")
+    if state_slot_bytes:
+        spare_bytes = budget - fixed_bytes - required_pages * page_bytes
+        num_snapshots = min(num_snapshots, int(spare_bytes * SNAPSHOT_SHARE) // state_slot_bytes)
+    else:
+        num_snapshots = 0
+    snapshot_bytes = num_snapshots * state_slot_bytes
+    spare_pages = (budget - fixed_bytes - snapshot_bytes) // page_bytes
     context = max_model_len if max_model_len is not None else min(model_max_len, spare_pages * page_size)
     wanted_tokens = max(context, max_num_seqs * min(context, TOKENS_PER_SEAT))
     return MemoryPlan(
@@ -109,6 +126,8 @@ def plan(
         max_model_len=context,
         available_bytes=available_bytes,
         mapped_bytes=mapped_bytes,
+        num_snapshots=num_snapshots,
+        snapshot_bytes=snapshot_bytes,
     )
 
 

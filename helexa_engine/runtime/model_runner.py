@@ -74,11 +74,33 @@ class ModelRunner:
         self._ready: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and logits of a recorded step
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order. A sequence that begins has a fresh state."""
+        """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order; valid until the next call.
+
+        A sequence that begins has a fresh state, or that of the snapshot it resumes from; then snapshots are taken, so that one
+        may take the slot of another that is read for the last time.
+        """
         begin = [chunk.sequence.state_slot for chunk in chunks if chunk.start == 0]
         for cache in self._state_caches if begin else ():
             with torch.inference_mode():
                 cache.clear([slot for slot in begin if slot is not None])
+        self._copy_states([(chunk.resume_from, chunk.sequence.state_slot) for chunk in chunks])
+        hidden = self._compute(chunks)
+        self._copy_states([(chunk.sequence.state_slot, chunk.save_to) for chunk in chunks])
+        return hidden
+
+    def is_finite(self, hidden: torch.Tensor, row: int) -> bool:
+        """Whether one row of the hidden states has neither NaN nor infinity. What a layer keeps of a token reaches its own row, and
+        all later ones, so a sound row means that the pages and states up to it are sound."""
+        return bool(hidden[row].isfinite().all())
+
+    def _copy_states(self, slots: Sequence[tuple[int | None, int | None]]) -> None:
+        """Copies from the first slot of each pair to the second, where there are both."""
+        for source, target in slots:
+            if source is not None and target is not None:
+                for cache in self._state_caches:
+                    cache.copy(source, target)
+
+    def _compute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         num_tokens = self._fill(chunks)
         self._ready = None
         decodes = num_tokens == len(chunks) <= MOST_RECORDED and all(chunk.samples for chunk in chunks)

@@ -27,6 +27,7 @@ class RequestEvents:
             [self._with_text(output.logprobs)] if output.logprobs is not None else [],
             output.finish_reason,
             stop_token_id=output.stop_token_id,
+            cached_tokens=output.cached_tokens,
             timings=output.timings,
         )
         return events
@@ -37,7 +38,7 @@ class RequestEvents:
         if output.prompt_logprobs is not None:
             first = self._processor.token_logprob(token_ids[0], None)
             scores = (first, *(self._with_text(entry) for entry in output.prompt_logprobs if entry is not None))
-        return PromptProcessed(token_ids, prompt_logprobs=scores, prompt_text=self._prepared.prompt_text)
+        return PromptProcessed(token_ids, output.cached_tokens, scores, self._prepared.prompt_text)
 
     def _with_text(self, entry: Logprobs) -> TokenLogprob:
         return self._processor.token_logprob(entry.token_id, entry.logprob, entry.top)
@@ -46,5 +47,10 @@ class RequestEvents:
 def engine_request(request_id: str, prepared: PreparedRequest) -> EngineRequest:
     """What the engine needs of a prepared request."""
     return EngineRequest(
-        request_id, prepared.prompt_token_ids, prepared.params, prepared.eos_token_ids, prepared.make_grammar
+        request_id,
+        prepared.prompt_token_ids,
+        prepared.params,
+        prepared.eos_token_ids,
+        prepared.make_grammar,
+        last_message_start=prepared.last_message_start,
     )

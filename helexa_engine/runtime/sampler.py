@@ -40,6 +40,10 @@ _BLOCK = 64  # values a partial maximum covers in `largest`
 _FIRST_CANDIDATES = 256  # tokens tried first where the filter does not say how many it keeps
 
 
+#: What a row that is not finite says about the model.
+DAMAGED = "the weights may be damaged"
+
+
 class SamplingFailed(HelexaError):
     """No token could be chosen for one request: its logits are not finite, or no token is allowed."""
 
@@ -288,4 +292,4 @@ def _set(value: float | None) -> float:
 def _why(peak: float) -> str:
     if peak == -math.inf:
         return "no token is allowed: the grammar, logit_bias and min_tokens together leave nothing to choose from"
-    return f"the model produced logits that are not finite ({peak}); the weights may be damaged"
+    return f"the model produced logits that are not finite ({peak}); {DAMAGED}"

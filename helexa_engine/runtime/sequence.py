@@ -6,6 +6,7 @@ import enum
 from array import array
 from dataclasses import dataclass, field
 
+from ..cache.prefix_cache import Node
 from ..events import Timings
 
 
@@ -24,8 +25,14 @@ class Sequence:
         num_prompt_tokens: how many of them are the prompt.
         max_tokens: most output tokens, already cut to the context.
         num_computed_tokens: tokens whose keys and values are in ``pages``; 0 again after a preemption.
+        num_cached_tokens: prompt tokens it did not have to compute, because another sequence had.
         pages: KV pages in order, int32.
         state_slot: where its recurrent states are while it runs; None in a model without any, and while it waits.
+        reuses_prefix: whether it may begin with what others computed; not when every logit of its prompt is asked for.
+        borders: multiples of the page size in its prompt where a snapshot of its states is wanted, ascending.
+        place: the end of what the prefix cache keeps of it, None as long as it holds no pages.
+        page_keys: its pages as the prefix cache compares them.
+        snapshot: slot that the chunk under way writes its states to.
         queued_at, scheduled_at, first_token_at, last_token_at: seconds of a monotonic clock; 0 until it happened.
     """
 
@@ -38,6 +45,12 @@ class Sequence:
     num_computed_tokens: int = 0
     pages: array[int] = field(default_factory=lambda: array("i"))
     state_slot: int | None = None
+    num_cached_tokens: int = 0
+    reuses_prefix: bool = True
+    borders: tuple[int, ...] = ()
+    place: Node | None = None
+    page_keys: list[bytes] = field(default_factory=list)
+    snapshot: int | None = None
     queued_at: float = 0.0
     scheduled_at: float = 0.0
     first_token_at: float = 0.0

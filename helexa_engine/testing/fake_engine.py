@@ -37,6 +37,7 @@ class FakeModelInfo:
     weight_bytes: int = 1000
     kv_bytes: int = 100
     state_bytes: int = 0
+    snapshot_bytes: int = 0
     capabilities: dict[str, bool] = field(default_factory=lambda: {"chat": True, "tools": True})
     limit: dict[str, int] = field(default_factory=lambda: {"context": 4096, "input": 4095, "output": 4095})
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, TemplateRenderFailed
 from ..events import (
     ContentDelta,
     Event,
@@ -57,6 +57,7 @@ class PreparedRequest:
         make_grammar: gives each answer its own constraint, the end of its thinking included; None when nothing holds it.
         make_output: gives answer ``index`` its own :class:`OutputProcessor`.
         prompt_text: the prompt's text, when the request asked for ``echo``.
+        last_message_start: where in the prompt of a conversation the last message begins, as far as the template shows it.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -65,6 +66,7 @@ class PreparedRequest:
     make_grammar: Callable[[], GrammarState | ThinkingControl] | None
     make_output: Callable[[int], OutputProcessor]
     prompt_text: str | None = None
+    last_message_start: int | None = None
 
 
 class RequestProcessor:
@@ -83,6 +85,7 @@ class RequestProcessor:
         self.grammars = GrammarCompiler(tokenizer)
         if chat_template is not None:
             log.info("chat template: %s", chat_template.capabilities)
+        self._message_opening = None if chat_template is None else _message_opening(chat_template, tokenizer)
 
     def capabilities(self) -> dict[str, bool]:
         """What may be asked of the model."""
@@ -131,6 +134,7 @@ class RequestProcessor:
             make_grammar=self._make_grammar(request, params, tools, thinking),
             make_output=make_output,
             prompt_text=prompt_text if request.echo else None,
+            last_message_start=self._last_message_start(prompt_token_ids, request) if chat else None,
         )
 
     # -- prompt --------------------------------------------------------------------------------------------------------
@@ -150,6 +154,18 @@ class RequestProcessor:
             add_generation_prompt=request.add_generation_prompt,
             **kwargs,
         )
+
+    def _last_message_start(self, prompt_token_ids: Sequence[int], request: GenerateRequest) -> int | None:
+        """Position of the token that opens the last message; the opening of the answer itself is no message."""
+        if self._message_opening is None:
+            return None
+        openings_to_find = 2 if request.add_generation_prompt else 1
+        for position in range(len(prompt_token_ids) - 1, -1, -1):
+            if prompt_token_ids[position] == self._message_opening:
+                openings_to_find -= 1
+                if not openings_to_find:
+                    return position
+        return None
 
     def render_chat(self, request: GenerateRequest) -> str:
         """The rendered messages as text (for people to look at; :meth:`encode_chat` is what the model gets)."""
@@ -278,6 +294,18 @@ class RequestProcessor:
         data = self.tokenizer.token_bytes(token_id)
         alternatives = tuple(self.token_logprob(other, value) for other, value in top)
         return TokenLogprob(token_id, data.decode("utf-8", "replace"), data, logprob, alternatives)
+
+
+def _message_opening(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
+    """The special token that opens a message (``<|im_start|>``), seen where the template opens the answer; None where it opens it
+    without one."""
+    user = [{"role": "user", "content": "probe"}]
+    try:
+        closed, opened = (template.encode(tokenizer, user, add_generation_prompt=opens) for opens in (False, True))
+    except TemplateRenderFailed:
+        return None
+    added = opened[len(closed) :] if opened[: len(closed)] == closed else []
+    return next(filter(tokenizer.is_special, added), None)
 
 
 class OutputProcessor:

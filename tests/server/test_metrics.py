@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -14,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from helexa_engine.errors import EngineDied
 from helexa_engine.events import Finished, Timings, Usage
-from helexa_engine.testing.fake_engine import FakeEngine
+from helexa_engine.runtime.engine import EngineStats
+from helexa_engine.testing.fake_engine import FakeEngine, FakeModelInfo
 from helexa_server.logs import JsonFormatter
 from helexa_server.metrics import Histogram
 
@@ -90,6 +92,22 @@ def test_requests_are_counted_and_timed(serve: Serve) -> None:
     assert samples["vllm:e2e_request_latency_seconds_bucket", f'{model},le="+Inf"'] == 1
     assert samples["vllm:e2e_request_latency_seconds_bucket", f'{model},le="0.1"'] == 0
     assert samples["vllm:num_requests_running", model] == 0
+
+
+def test_the_prefix_cache_is_counted(serve: Serve) -> None:
+    live, model = serve(FakeEngine([PROMPT, finished()])), 'model_name="fake"'
+    samples = scrape(live)
+    assert samples["vllm:prefix_cache_queries_total", model] == samples["vllm:prefix_cache_hits_total", model] == 0
+    assert ("helexa_snapshot_bytes", model) not in samples, "no snapshots, no figure"
+    engine = FakeEngine([PROMPT, finished()], dataclasses.replace(FakeModelInfo(), snapshot_bytes=800))
+    stats = EngineStats(0, 0, 0, 1, 0, 0, 0, 0, 3, 100, 64, snapshots_used=2, snapshots_total=8)
+    engine.stats = lambda: stats  # type: ignore[method-assign]
+    samples = scrape(serve(engine))
+    assert (samples["vllm:prefix_cache_queries_total", model], samples["vllm:prefix_cache_hits_total", model]) == (
+        100,
+        64,
+    )
+    assert samples["helexa_snapshot_bytes", model] == 200
 
 
 def test_failures_are_counted_by_code(serve: Serve) -> None:

@@ -33,3 +33,8 @@ def test_states_take_the_bytes_that_are_planned_and_are_cleared_slot_by_slot() -
     for slot in range(4):
         expected = 0.0 if slot in (0, 2) else 1.0
         assert (cache.conv_state[slot] == expected).all() and (cache.recurrent_state[slot] == expected).all()
+    cache.copy(1, 2)
+    for state in (cache.conv_state, cache.recurrent_state):
+        assert [float(state[slot].mean()) for slot in range(4)] == [0.0, 1.0, 1.0, 1.0]
+    cache.conv_state[1] = 5.0
+    assert (cache.conv_state[2] == 1.0).all(), "a copy is a copy"

@@ -18,3 +18,8 @@ def test_gives_each_slot_once_and_refuses_a_double_free() -> None:
     with pytest.raises(AssertionError, match="is not held"):
         pool.release(slots[0])
     assert pool.allocate() == slots[0]
+
+
+def test_slots_may_begin_behind_those_of_another_pool() -> None:
+    pool = StatePool(2, first=5)
+    assert {pool.allocate(), pool.allocate()} == {5, 6} and pool.num_free == 0

@@ -7,6 +7,7 @@ depend on what is computed beside them; the plain PyTorch twins only promise flo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,49 @@ def test_preempted_equals_undisturbed(llm: LLM, model: Path) -> None:
         assert tight.stats().preemptions_total > 0
     for result, undisturbed in zip(results, llm.generate(prompts, settings), strict=True):
         assert_same(result, undisturbed)
+
+
+@contextmanager
+def recorded_logits(llm: LLM) -> Iterator[list[torch.Tensor]]:
+    """All rows of logits that tokens are sampled from meanwhile, in order."""
+    runner, rows = llm._loaded.thread._engine.runner, []
+    compute = runner.logits
+
+    def record(*arguments: Any) -> Any:
+        logits = compute(*arguments)
+        rows.extend(torch.from_numpy(logits.copy()))
+        return logits
+
+    runner.logits = record  # type: ignore[method-assign]
+    try:
+        yield rows
+    finally:
+        del runner.logits  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("length", [64, 65, 100, 128, 200, 321])
+def test_prefix_hit_equals_cold_run(llm: LLM, model: Path, length: int) -> None:
+    """The logits of every step, of a prompt seen before and of one that goes on from prompt and answer."""
+    settings, ids = params(max_tokens=70, logprobs=None), prompt(length)[::-1]
+    with (
+        LLM(model, kv_dtype=KV_DTYPE, max_model_len=512, max_num_seqs=6, prefix_cache=False) as never,
+        recorded_logits(never) as expected,
+    ):
+        cold = never.generate(ids, settings)
+        onward = [*ids, *cold.token_ids, *prompt(30)]
+        cold_onward = never.generate(onward, settings)
+    assert cold.usage.cached_tokens == cold_onward.usage.cached_tokens == 0
+    with recorded_logits(llm) as first:
+        llm.generate(ids, settings)
+    with recorded_logits(llm) as got:
+        hit, hit_onward = llm.generate(ids, settings), llm.generate(onward, settings)
+    hybrid = llm.model_info.state_bytes > 0
+    assert hit.usage.cached_tokens == (length - 1) // 64 * 64
+    assert hit_onward.usage.cached_tokens == (length if hybrid else length + 69) // 64 * 64
+    assert len(first) == 70 and len(got) == len(expected) == 140
+    assert (hit.token_ids, hit_onward.token_ids) == (cold.token_ids, cold_onward.token_ids)
+    for rows in (first, got):
+        assert_close(torch.stack(rows), torch.stack(expected[: len(rows)]), atol=TOLERANCE, what="logits")
 
 
 def test_abort_frees_every_page_and_slot(llm: LLM) -> None:

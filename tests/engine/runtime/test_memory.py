@@ -68,6 +68,18 @@ def test_states_are_reserved_for_every_seat() -> None:
         make(available_bytes=801 * MIB, state_slot_bytes=50 * MIB)
 
 
+def test_snapshots_take_a_share_of_what_the_context_leaves() -> None:
+    p = make(available_bytes=2000 * MIB, state_slot_bytes=10 * MIB, num_snapshots=8)
+    assert (p.num_snapshots, p.snapshot_bytes, p.num_pages) == (8, 80 * MIB, 640)
+    assert "+ states 80.0 MiB + 8 snapshots of them 80.0 MiB +" in str(p)
+    assert p.total_bytes == (600 + 100 + 80 + 80 + 640) * MIB
+    few = make(available_bytes=1000 * MIB, state_slot_bytes=10 * MIB, num_snapshots=8)
+    assert (few.num_snapshots, few.num_pages, few.total_bytes) == (5, 170, 1000 * MIB)
+    asked = make(available_bytes=1000 * MIB, state_slot_bytes=10 * MIB, num_snapshots=8, max_model_len=12000)
+    assert (asked.num_snapshots, asked.num_pages) == (0, 220), "the context that was asked for goes first"
+    assert make(num_snapshots=8).num_snapshots == 0, "nothing to take a snapshot of"
+
+
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="max_model_len: the model allows at most 40960 tokens"):
         make(max_model_len=40961)

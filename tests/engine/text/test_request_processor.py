@@ -221,3 +221,27 @@ def test_imports_stay_light():
     heavy = "{'tokenizers', 'jinja2', 'llguidance', 'torch'}"
     code = f"import sys, helexa_engine.text.request_processor as _; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_the_last_message_is_found_in_the_prompt(processor):
+    def begins_with(messages, **kwargs):
+        prepared = processor.prepare(GenerateRequest(messages=messages, **kwargs))
+        assert prepared.last_message_start is not None
+        return processor.tokenizer.decode(prepared.prompt_token_ids[prepared.last_message_start :])
+
+    turns = [*USER, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "<|im_start|>user\nbye"}]
+    assert begins_with(turns).startswith("<|im_start|>user\n<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant")
+    assert begins_with(turns[:2], add_generation_prompt=False).startswith("<|im_start|>assistant\n")
+    asks = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    answered = [*USER, asks, {"role": "tool", "tool_call_id": "c", "content": "done"}]
+    assert "done" in begins_with(answered) and "hi" not in begins_with(answered)
+
+
+def test_a_prompt_without_visible_messages_has_no_last_one(processor, tokenizer):
+    assert processor.prepare(GenerateRequest(prompt="hi")).last_message_start is None
+    plain = RequestProcessor(tokenizer, ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}"))
+    assert plain.prepare(GenerateRequest(messages=USER)).last_message_start is None
