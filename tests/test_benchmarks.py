@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine import base, llama_cpp
+from benchmarks.engine import base, llama_cpp, prefix
 from benchmarks.engine.cases import GROUPS, Case, is_recorded, rows_of
 from benchmarks.engine.summary import newest_pairs, summary
+from helexa_engine import LLM
+from helexa_engine.cli.bench import preset_file
+from helexa_engine.ops.registry import native_core
 from helexa_engine.presets import PRESETS
 from helexa_engine.quant import mixes
 
@@ -58,6 +61,15 @@ def test_the_summary_takes_the_newest_pair_and_the_geometric_mean() -> None:
     assert newest_pairs(rows, "abc") == [(slow, peer), (other, peer)]
     last = summary(newest_pairs(rows)).splitlines()[-1]
     assert "geometric mean of 2: prefill 4.00x (least 2.00x), decode 1.00x (least 1.00x)" in last
+
+
+@pytest.mark.skipif(native_core() is None, reason="benchmarks measure the native core")
+def test_a_prompt_that_comes_again_is_measured_as_a_hit(tmp_path: Path) -> None:
+    with LLM(preset_file("qwen3.5-tiny", "Q8_0", tmp_path), max_model_len=400, max_num_seqs=1) as llm:
+        row = {"model": "tiny"} | prefix.measure(llm, 300, 2)
+    assert row["cached_tokens"] == 256 and len(row["cold_samples"]) == len(row["hit_samples"]) == 2
+    assert row["hit_share_of_cold"] == pytest.approx(row["hit_seconds"] / row["cold_seconds"], rel=0.05)
+    assert "256 tokens cached" in prefix.report(row)
 
 
 def test_recorded_rows_can_be_read_and_say_what_they_compare() -> None:
