@@ -10,7 +10,7 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -122,11 +122,14 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...], bool]:
     return tuple(kinds), tuple(choices), type(None) in parts
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """One ``--flag`` a field. A flag that is not given stays out of the namespace, so that it does not hide lower layers."""
+def add_flags(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
+    """One ``--flag`` a field, or for those in ``only``. A flag that is not given stays out of the namespace, so that it does not
+    hide lower layers."""
     hints = typing.get_type_hints(config)
     group = parser.add_argument_group(f"{config.__name__.removesuffix('Config').lower()} options")
     for f in dataclasses.fields(config):
+        if only is not None and f.name not in only:
+            continue
         kinds, choices, _ = _kinds(hints[f.name])
         flag = "--" + f.name.replace("_", "-")
         note = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")

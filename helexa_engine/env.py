@@ -56,6 +56,11 @@ def option(name: str) -> str | None:
     return _get(name.upper())
 
 
+def inherited() -> dict[str, str]:
+    """The whole environment, for a program that is started from here."""
+    return dict(os.environ)
+
+
 def config_file() -> Path | None:
     """``HELEXA_CONFIG``: path of a TOML file; relative to the working directory. Else ``$XDG_CONFIG_HOME/helexa/config.toml``
     (``~/.config`` without it), if that is there."""

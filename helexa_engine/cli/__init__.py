@@ -21,6 +21,7 @@ from .options import UsageError
 COMMANDS = {
     "run": "chat with a model in the terminal",
     "serve": "answer OpenAI clients over HTTP",
+    "launch": "run Claude Code, opencode or Codex on a model of this machine",
     "pull": "download a model from the hub, or go on with it",
     "list": "list the models on this machine",
     "rm": "delete a model from the hub's cache",
@@ -31,6 +32,9 @@ COMMANDS = {
     "bench": "measure prefill and decode speed against the memory's limit",
     "completion": "print a completion script for bash, zsh or fish",
 }
+
+#: Commands that start another program: what follows ``--`` is for that, and not parsed here.
+STARTERS = {"launch"}
 
 
 class Command(Protocol):
@@ -70,9 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. ``argv`` without the program's name, default ``sys.argv[1:]``."""
     argv = sys.argv[1:] if argv is None else list(argv)
     command = next((word for word in argv if not word.startswith("-")), None)
+    handed_on: list[str] = []
+    if command in STARTERS and "--" in argv:
+        argv, handed_on = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = build_parser(*([command] if command in COMMANDS else []))
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(argv, argparse.Namespace(handed_on=handed_on))
         return command_module(arguments.command).run(arguments)
     except UsageError as error:
         return _fail(str(error), 2)
