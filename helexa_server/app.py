@@ -26,7 +26,7 @@ from starlette.types import ASGIApp
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import InvalidRequest
 
-from . import endpoints, openapi
+from . import endpoints, openapi, status_page
 from .auth import RequireApiKey
 from .config import ServerConfig
 from .endpoints import Generate
@@ -63,6 +63,7 @@ ROUTES = [
     Route("/apply-template", endpoints.apply_template, methods=["POST"]),
     Route("/tokenize", endpoints.tokenize, methods=["POST"]),
     Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+    Route("/", status_page.status_page),
     Route("/openapi.json", get_openapi),
     Route("/health", endpoints.health),
     Route("/ready", endpoints.ready),

@@ -16,11 +16,14 @@ from .errors import InvalidApiKey, PermissionDenied, error_response
 #: Probes of supervisors and load balancers, which hold no key, and learn nothing here but up or down.
 OPEN_PATHS = frozenset({"/health", "/ready"})
 
+#: The page for people. Without a key it says nothing but that it wants one.
+PAGE = "/"
+
 #: What changes the server for everybody: loading, unloading and watching models.
 ADMIN_PREFIX = "/models/"
 
-#: Keys in the ASGI scope: who asks, as a fingerprint of the key; whether that is the admin key.
-OWNER, IS_ADMIN = "helexa.owner", "helexa.is_admin"
+#: Keys in the ASGI scope: who asks, as a fingerprint of the key; whether that is the admin key; whether a key is missing.
+OWNER, IS_ADMIN, IS_LOCKED = "helexa.owner", "helexa.is_admin", "helexa.is_locked"
 
 
 class RequireApiKey:
@@ -34,7 +37,9 @@ class RequireApiKey:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             return await self.app(scope, receive, send)
         sent = sent_key(Headers(scope=scope))
-        if (refusal := self._refusal(sent, scope["path"])) is not None:
+        refusal = self._refusal(sent, scope["path"])
+        scope[IS_LOCKED] = refusal is not None
+        if refusal is not None and (sent is not None or scope["path"] != PAGE):
             return await error_response(refusal, scope)(scope, receive, send)
         scope[OWNER] = None if sent is None else hashlib.sha256(sent.encode()).hexdigest()
         scope[IS_ADMIN] = self._is_admin(sent)

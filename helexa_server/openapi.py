@@ -11,7 +11,7 @@ import msgspec
 
 from helexa_engine.version import __version__
 
-from . import endpoints
+from . import endpoints, status_page
 from .metrics import CONTENT_TYPE
 from .wire import anthropic_messages, openai_chat, openai_completions, openai_responses
 
@@ -178,6 +178,7 @@ OPERATIONS = (
     _get("/ready", endpoints.ready, Status, 503),
     _get("/version", endpoints.version, Version),
     _get("/discovery", endpoints.discovery, Discovery),
+    Operation("get", "/", _first_line(status_page.status_page), media_types=(status_page.CONTENT_TYPE,)),
     Operation("get", "/metrics", _first_line(endpoints.get_metrics), media_types=(CONTENT_TYPE,)),
 )
 

@@ -20,8 +20,8 @@ log = logging.getLogger("helexa_server.requests")
 #: Keys in the ASGI scope: the name the client gave its request, if it did; the name the answer carries.
 CLIENT_ID, REQUEST_ID = "helexa.client_id", "helexa.request_id"
 
-#: Polled by supervisors and scrapers all day.
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+#: Polled by supervisors, scrapers and the status page all day.
+QUIET_PATHS = frozenset({"/", "/health", "/ready", "/metrics"})
 
 _ACCEPTABLE = re.compile(r"[!-~]{1,128}")
 
