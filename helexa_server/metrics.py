@@ -109,8 +109,8 @@ def render(models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping
         text.sample("vllm:num_preemptions_total", "counter", label, stats.preemptions_total)
         text.sample("helexa_engine_steps_total", "counter", label, stats.steps_total)
         info = model.engine.model_info
-        for kind, size in (("weights", info.weight_bytes), ("kv", info.kv_bytes), ("states", info.state_bytes)):
-            text.sample("helexa_memory_bytes", "gauge", f'{label},kind="{kind}"', size)
+        for kind in ("weight", "kv", "state", "snapshot"):
+            text.sample("helexa_memory_bytes", "gauge", f'{label},kind="{kind}"', getattr(info, f"{kind}_bytes"))
         if model.load_seconds is not None:
             text.sample("helexa_load_seconds", "gauge", label, model.load_seconds)
     return text.render()

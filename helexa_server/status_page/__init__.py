@@ -101,7 +101,7 @@ def _row(model: ServedModel) -> str:
     cells: list[Any] = [
         "ready",
         f"{info.max_model_len:,}",
-        _size(info.weight_bytes + info.kv_bytes + info.state_bytes),
+        _size(info.weight_bytes + info.kv_bytes + info.state_bytes + info.snapshot_bytes),
         stats.num_running,
         stats.num_waiting,
         f"{stats.kv_cache_usage:.0%}",

@@ -31,6 +31,8 @@ PROMISED = {
     "vllm:num_requests_waiting": "gauge",
     "vllm:kv_cache_usage_perc": "gauge",
     "vllm:num_preemptions": "counter",
+    "vllm:prefix_cache_queries": "counter",
+    "vllm:prefix_cache_hits": "counter",
     "vllm:prompt_tokens": "counter",
     "vllm:generation_tokens": "counter",
     "vllm:request_success": "counter",
@@ -146,7 +148,7 @@ def test_every_promised_metric_has_its_type_and_model(serve: Serve) -> None:
     reasons = {sample.labels["finished_reason"]: sample.value for sample in found["vllm:request_success"].samples}
     assert reasons == {"stop": 0, "length": 0, "tool_calls": 0, "abort": 0}
     sizes = {sample.labels["kind"]: sample.value for sample in found["helexa_memory_bytes"].samples}
-    assert sizes == {"weights": 1000, "kv": 100, "states": 0}
+    assert sizes == {"weight": 1000, "kv": 100, "state": 0, "snapshot": 0}
 
 
 def test_every_answer_is_counted_with_its_tokens_and_phases(serve: Serve) -> None:
