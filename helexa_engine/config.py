@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from . import env
 from .errors import InvalidRequest
+from .sampling_params import NEUTRAL, SamplingParams
 
 Config = TypeVar("Config")
 
@@ -143,7 +144,10 @@ def add_flags(parser: argparse.ArgumentParser, config: type, only: Collection[st
 
 
 def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file, checked: every table is one of ``sections`` and every key a field of its dataclass."""
+    """The tables of a TOML file, checked: every table is one of ``sections`` and every key a field of its dataclass.
+
+    Beside them, table ``sampling.NAME`` has sampling defaults of a model; it is checked as :class:`SamplingParams` are.
+    """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -151,17 +155,36 @@ def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, A
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest("config", f"{path}: not valid TOML: {error}") from None
     for section, table in document.items():
+        if section == "sampling":
+            for model, defaults in _table(f"{path}: sampling", table).items():
+                _check_sampling(f"{path}: sampling.{model}", defaults)
+            continue
         if section not in sections:
-            raise InvalidRequest(f"{path}: {section}", f"unknown table; expected one of {', '.join(sections)}")
-        known = {f.name for f in dataclasses.fields(sections[section])}
-        if not isinstance(table, dict):
-            raise InvalidRequest(f"{path}: {section}", f"expected a table, got {table!r:.80}")
-        for key in table:
-            if key not in known:
-                raise InvalidRequest(
-                    f"{path}: {section}.{key}", f"unknown key; expected one of {', '.join(sorted(known))}"
-                )
+            raise InvalidRequest(
+                f"{path}: {section}", f"unknown table; expected one of {', '.join(sections)}, sampling"
+            )
+        _check_keys(f"{path}: {section}", table, {f.name for f in dataclasses.fields(sections[section])})
     return document
+
+
+def _table(place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidRequest(place, f"expected a table, got {value!r:.80}")
+    return value
+
+
+def _check_keys(place: str, table: Any, known: Collection[str]) -> None:
+    for key in _table(place, table):
+        if key not in known:
+            raise InvalidRequest(f"{place}.{key}", f"unknown key; expected one of {', '.join(sorted(known))}")
+
+
+def _check_sampling(place: str, defaults: Any) -> None:
+    _check_keys(place, defaults, NEUTRAL)
+    try:
+        SamplingParams(**defaults)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{place}.{error.path}", error.reason) from None
 
 
 @dataclass(frozen=True, slots=True)

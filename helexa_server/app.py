@@ -11,8 +11,8 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
@@ -105,11 +105,16 @@ def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette
     return app
 
 
-def serve(models: list[str], server: ServerConfig, engine: EngineConfig) -> int:
+def serve(
+    models: list[str],
+    server: ServerConfig,
+    engine: EngineConfig,
+    sampling: Mapping[str, Mapping[str, Any]] | None = None,
+) -> int:
     """Listens, loads ``models`` and serves until SIGINT or SIGTERM; 0 after an orderly end.
 
     The port is bound first: while models load, ``/health`` answers and requests wait. A model that cannot be loaded ends
-    the server with its error.
+    the server with its error. ``sampling`` has defaults for requests by the name of the model.
 
     Raises:
         CannotListen: the port is in use or not ours to take.
@@ -117,12 +122,19 @@ def serve(models: list[str], server: ServerConfig, engine: EngineConfig) -> int:
     """
     if server.served_model_name is not None and len(models) > 1:
         raise InvalidRequest("served_model_name", f"names one model, but {len(models)} are served")
+    names = [server.served_model_name or model_name(model) for model in models]
+    sampling = sampling or {}
+    for name in sampling:
+        if name not in names:
+            raise InvalidRequest(f"sampling.{name}", f"no model of this name is served; expected {', '.join(names)}")
     configure_logging(server.log_format)
-    return asyncio.run(_serve(models, server, engine))
+    served = [ServedModel(name, sampling.get(name)) for name in names]
+    return asyncio.run(_serve(models, served, server, engine))
 
 
-async def _serve(models: list[str], config: ServerConfig, engine_config: EngineConfig) -> int:
-    served = [ServedModel(config.served_model_name or model_name(model)) for model in models]
+async def _serve(
+    models: list[str], served: list[ServedModel], config: ServerConfig, engine_config: EngineConfig
+) -> int:
     app = create_app(served, config)
     with listen(config.host, config.port) as listener:
         server = Server(app, config)

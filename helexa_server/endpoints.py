@@ -139,7 +139,9 @@ class Generation:
     async def _run(self, prompt_index: int, request: GenerateRequest) -> None:
         try:
             engine = await self._model.ready(self._load_wait_seconds)
-            async with contextlib.aclosing(engine.generate(request)) as events:  # closing it aborts the request
+            async with contextlib.aclosing(
+                engine.generate(self._model.with_defaults(request))
+            ) as events:  # closing it aborts the request
                 async for event in events:
                     await self._events.put((prompt_index, event))
         except Exception as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,8 +48,10 @@ class Engine(Protocol):
 class ServedModel:
     """Holds the engine of one model. Requests that come before it is loaded wait in :meth:`ready`."""
 
-    def __init__(self, model_id: str) -> None:
+    def __init__(self, model_id: str, sampling: Mapping[str, Any] | None = None) -> None:
+        """``sampling`` are fields of :class:`SamplingParams`, for requests that leave them open; they come before the model's own."""
         self.id = model_id
+        self.sampling = dict(sampling or {})
         self.created = int(time.time())
         self._settled = asyncio.Event()
         self._engine: Engine | None = None
@@ -65,6 +68,12 @@ class ServedModel:
     def progress(self) -> tuple[str, float]:
         """Stage of the load and the share of it that is done, 0 to 1."""
         return self._progress
+
+    def with_defaults(self, request: GenerateRequest) -> GenerateRequest:
+        """``request`` with what it leaves open filled from this server's defaults for the model."""
+        params = request.sampling_params
+        filled = {name: value for name, value in self.sampling.items() if getattr(params, name) is None}
+        return replace(request, sampling_params=replace(params, **filled)) if filled else request
 
     def report(self, stage: str, fraction: float) -> None:
         """Notes how far the load is. May be called from any thread."""

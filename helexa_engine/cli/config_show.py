@@ -11,7 +11,7 @@ from helexa_server.config import ServerConfig
 from .. import config, env
 from ..config import EngineConfig, add_flags
 from ..errors import InvalidRequest
-from .options import UsageError, add_config_flag, config_path, config_table, resolve_config
+from .options import UsageError, add_config_flag, config_path, config_table, resolve_config, sampling_defaults
 
 TABLES: dict[str, type] = {"server": ServerConfig, "engine": EngineConfig}
 
@@ -44,6 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n[{table}]")
         for line, source in lines:
             print(f"{line:{width}}  # {source}")
+    for model, defaults in sampling_defaults(arguments).items():
+        print(f"\n[sampling.{_toml(model)}]  # {path}")
+        for name, value in defaults.items():
+            print(f"{name} = {_toml(value)}")
     return 0
 
 

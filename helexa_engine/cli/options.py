@@ -20,8 +20,9 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         type=Path,
-        help="TOML file with tables [engine] and [server]; environment HELEXA_CONFIG, else ~/.config/helexa/config.toml "
-        "if it exists. Precedence: flag, environment HELEXA_<NAME>, this file, default; `helexa config show` says what came from where",
+        help="TOML file with tables [engine], [server] and, for the sampling defaults of a served model, [sampling.NAME]; "
+        "environment HELEXA_CONFIG, else ~/.config/helexa/config.toml if it exists. Precedence: flag, environment HELEXA_<NAME>, "
+        "this file, default; `helexa config show` says what came from where",
     )
 
 
@@ -35,6 +36,14 @@ def resolve_config(arguments: argparse.Namespace, name: str, kind: type[config.C
     """``kind`` filled from flags, environment, table ``name`` of the TOML file and defaults. Raises :class:`UsageError`."""
     try:
         return config.resolve(kind, vars(arguments), *config_table(config_path(arguments), name))
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+
+
+def sampling_defaults(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Tables ``[sampling.NAME]`` of the TOML file, by model. Raises :class:`UsageError`."""
+    try:
+        return config_table(config_path(arguments), "sampling")[0]
     except InvalidRequest as error:
         raise UsageError(str(error)) from None
 

@@ -7,7 +7,7 @@ import argparse
 from helexa_server.config import ServerConfig
 
 from ..config import EngineConfig, add_flags
-from .options import add_config_flag, resolve_config
+from .options import add_config_flag, resolve_config, sampling_defaults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,4 +22,4 @@ def run(arguments: argparse.Namespace) -> int:
     engine = resolve_config(arguments, "engine", EngineConfig)
     from helexa_server.app import serve
 
-    return serve(arguments.models, server, engine)
+    return serve(arguments.models, server, engine, sampling_defaults(arguments))

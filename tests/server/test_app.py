@@ -13,6 +13,8 @@ import pytest
 
 from helexa_engine.errors import InvalidRequest, ModelDoesNotFit
 from helexa_engine.events import Event
+from helexa_engine.generate_request import GenerateRequest
+from helexa_engine.sampling_params import SamplingParams
 from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_engine.version import __version__
 from helexa_server.app import create_app
@@ -205,3 +207,20 @@ def test_shutdown_is_bounded_and_says_so(serve: Serve, stream: bool, steps: list
 def test_importing_the_server_brings_no_torch() -> None:
     code = "import sys, helexa_server.app; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sampling_defaults_of_a_model_fill_what_requests_leave_open() -> None:
+    model = ServedModel("fake", {"temperature": 0.2, "top_k": 5})
+    given = model.with_defaults(GenerateRequest(prompt="x", sampling_params=SamplingParams(temperature=1.0, top_p=0.5)))
+    params = given.sampling_params
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (1.0, 0.5, 5, None)
+    request = GenerateRequest(prompt="x")
+    assert ServedModel("fake").with_defaults(request) is request
+
+
+def test_sampling_defaults_reach_the_engine(serve: Serve) -> None:
+    engine = FakeEngine(answer())
+    live = serve(engine)
+    live.model.sampling["temperature"] = 0.25
+    live.openai().chat.completions.create(model="fake", **ASK)
+    assert engine.requests[0].sampling_params.temperature == 0.25

@@ -176,3 +176,8 @@ def test_ipv6_loopback() -> None:
 def test_one_name_cannot_stand_for_two_models() -> None:
     with pytest.raises(InvalidRequest, match="served_model_name"):
         serve(["a", "b"], ServerConfig(port=0, served_model_name="x"), EngineConfig())
+
+
+def test_sampling_defaults_need_a_model() -> None:
+    with pytest.raises(InvalidRequest, match=r"sampling\.x: no model of this name is served; expected demo"):
+        serve(["demo"], ServerConfig(port=0), EngineConfig(), {"x": {"top_k": 1}})

@@ -75,6 +75,13 @@ def test_the_usual_place_is_read_unless_another_is_named(
     assert source(show(capsys, "--config", str(usual)), "port") == f"{usual}: server.port"
 
 
+def test_sampling_defaults_of_a_model_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text('[sampling."org/name"]\ntemperature = 0\ntop_k = 20\n')
+    shown = tomllib.loads(show(capsys, "--config", str(file)))
+    assert shown["sampling"] == {"org/name": {"temperature": 0, "top_k": 20}}
+
+
 def test_keys_are_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert "# HELEXA_API_KEY: not set" in show(capsys)
     monkeypatch.setenv("HELEXA_API_KEY", "sesame")
@@ -89,6 +96,9 @@ def test_keys_are_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         ("[sever]\n", "sever: unknown table"),
         ("[server]\nport = 70000\n", "server.port: expected at most 65535"),
         ('[engine]\nseed = "x"\n', "engine.seed: expected int, got 'x'"),
+        ("[sampling.demo]\ntop_q = 1\n", "sampling.demo.top_q: unknown key"),
+        ("[sampling.demo]\ntop_p = 2.0\n", "sampling.demo.top_p: expected"),
+        ("[sampling]\ntop_p = 1.0\n", "sampling.top_p: expected a table"),
         ("[engine]\nmax_num_seqs = true\n", "engine.max_num_seqs: expected int"),
     ],
 )
