@@ -20,8 +20,9 @@ class ToyModel:
     Every page table, slot and length matters to the result, and each row is computed alone in a fixed order: results are equal
     bit for bit whatever is computed beside them. Pages start as NaN, so a read of an unwritten slot shows.
 
-    With states, a second such sum and the token before are read from a state slot. As in a delta net, a state depends on how its
-    tokens were cut into chunks, but far more than in the last bits: one that was left anywhere but at the end of a page differs.
+    With states, what is kept in the pages has a second such sum and the token before in it, both read from a state slot. As in a
+    delta net, a state depends on how its tokens were cut into chunks, but far more than in the last bits: one that was left
+    anywhere but at the end of a page differs.
 
     Args:
         poisoned_token_id: a sequence that ends with this token has NaN logits.
@@ -50,7 +51,11 @@ class ToyModel:
     def forward(self, batch: Batch) -> torch.Tensor:
         self.num_forwards += 1
         pages: torch.Tensor = batch.caches[0]  # type: ignore[assignment]  # [num_pages * page_size, hidden_size]
-        pages[batch.slot_mapping] = self.embedding[batch.input_ids]
+        values = self.embedding[batch.input_ids]
+        if self.has_states:
+            for i in range(batch.num_sequences):
+                self._add_states(values, batch, i)
+        pages[batch.slot_mapping] = values
         page_size = self.page_size
         hidden = torch.empty(batch.num_tokens, self.embedding.shape[1])
         for i in range(batch.num_sequences):
@@ -62,22 +67,18 @@ class ToyModel:
                 slots = batch.page_tables[i][steps // page_size].long() * page_size + steps % page_size
                 decay = 0.9 ** (length - 1 - steps).float()
                 hidden[row] = (decay[:, None] * pages[slots]).sum(0)
-            if self.has_states:
-                self._add_states(hidden, batch, i)
         hidden[batch.input_ids == self.poisoned_token_id] = float("nan")
         return hidden
 
-    def _add_states(self, hidden: torch.Tensor, batch: Batch, i: int) -> None:
-        cache = batch.caches[1]
+    def _add_states(self, values: torch.Tensor, batch: Batch, i: int) -> None:
+        """To the values of sequence ``i``, each row before what is kept of it: as in a hybrid, pages depend on the states."""
+        cache, slot = batch.caches[1], int(batch.state_slots[i])
         assert isinstance(cache, StateCache)
-        before, state = (
-            cache.conv_state[int(batch.state_slots[i]), 0],
-            cache.recurrent_state[int(batch.state_slots[i]), 0, 0],
-        )
+        before, state = cache.conv_state[slot, 0], cache.recurrent_state[slot, 0, 0]
         for row in range(int(batch.cu_seqlens[i]), int(batch.cu_seqlens[i + 1])):
-            token = self.embedding[batch.input_ids[row]]
+            token = values[row].clone()
             state.mul_(0.95).add_(token)
-            hidden[row] += state + before
+            values[row] += 0.3 * state + before
             before.copy_(token)
         if int(batch.seq_lens[i]) % self.page_size:
             state.mul_(1.01)

@@ -253,6 +253,22 @@ def test_a_preempted_sequence_computes_only_what_was_evicted() -> None:
     assert engine.stats().preemptions_total == 1
 
 
+def test_what_a_hybrid_generated_is_not_resumed_from_a_prompt_that_says_the_same() -> None:
+    """A state after tokens that were generated one by one is not the one after the same tokens in a prompt."""
+    r, undisturbed = request("a", tokens(30), max_tokens=40), make_engine(True, cached=False)
+    expected = answer(run(undisturbed, r), "a")
+    said = [token for token, _ in expected]
+    engine = make_engine(True, num_snapshots=32, snapshot_interval=PAGE)
+    run(engine, request("prompt", [*r.prompt_token_ids, *said[:33]]))
+    engine.add_request(r)
+    outputs: list[StepOutput] = []
+    while len(outputs) < 36:
+        outputs += engine.step()
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    outputs += run(engine)["a", 0]
+    assert [(o.token_id, o.logprobs) for o in outputs] == expected
+
+
 @both_kinds
 @pytest.mark.parametrize("steps", range(7))
 def test_abort_in_every_phase_leaves_nothing_held(states: bool, steps: int) -> None:
