@@ -23,6 +23,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kept: list[torch.Tensor] = []
         self.computed: set[str] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # To keep the compiler out of the mode, torch would import it at the first step: a second, 150 MB. Nothing compiles here.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -301,13 +301,14 @@ def test_long_values_take_time_in_proportion(key):
     def seconds(rows):
         value = json.dumps(["<p>row</p> </parameter </f" for _ in range(rows)])
         answer = f"<tool_call><function=f><parameter={key}>{value}</parameter></function>"
-        parser, begun = OutputParser(tools=tools), time.process_time()
+        parser, begun = OutputParser(tools=tools), time.thread_time()
         pieces = [piece for char in answer for piece in parser.push(char)]
         [(_, arguments)] = fold(pieces + parser.flush())[2]
         assert json.loads(arguments)[key] == (json.loads(value) if key == "rows" else value)
-        return time.process_time() - begun
+        return time.thread_time() - begun
 
-    assert seconds(2000) < 60 * max(seconds(200), 0.005)  # ten times as long; squared it would be a hundred
+    # Ten times as long; squared it would be a hundred. Of three tries the quickest, because others use this machine's caches too.
+    assert min(seconds(2000) for _ in range(3)) < 40 * min(seconds(200) for _ in range(3))
 
 
 def test_content_is_held_back_only_as_long_as_needed():
