@@ -21,7 +21,7 @@ from .options import UsageError
 COMMANDS = {
     "run": "chat with a model in the terminal",
     "serve": "answer OpenAI clients over HTTP",
-    "launch": "run Claude Code, opencode or Codex on a model of this machine",
+    "launch": "run Claude Code, opencode, Codex or Qwen Code on a model of this machine",
     "pull": "download a model from the hub, or go on with it",
     "list": "list the models on this machine",
     "rm": "delete a model from the hub's cache",

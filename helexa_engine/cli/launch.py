@@ -183,7 +183,7 @@ def _key_words(target: Target) -> str:
 
 
 def _openai_environment(target: Target) -> dict[str, str]:
-    """The variables that OpenAI's own client libraries read."""
+    """The variables that OpenAI's own client libraries read, and Qwen Code with them."""
     return {"OPENAI_BASE_URL": f"{target.url}/v1", "OPENAI_API_KEY": target.key, "OPENAI_MODEL": target.model}
 
 
@@ -191,6 +191,7 @@ PROGRAMS = {
     "claude": Program("claude", "npm install -g @anthropic-ai/claude-code", _claude_environment),
     "opencode": Program("opencode", "npm install -g opencode-ai", _opencode_environment),
     "codex": Program("codex", "npm install -g @openai/codex", arguments=_codex_arguments),
+    "qwen": Program("qwen", "npm install -g @qwen-code/qwen-code", _openai_environment),
     "zed": Program(settings=_zed_settings),
     "continue": Program(settings=_continue_settings),
     "openai": Program(environment=_openai_environment),

@@ -32,6 +32,7 @@ SECRET = "marmalade-4711"
 CASES: dict[str, tuple[list[str], str, dict[str, Any]]] = {
     "claude": (["-p"], "Read", {"file_path": "{file}"}),
     "opencode": (["run"], "read", {"filePath": "{file}"}),
+    "qwen": (["-p"], "read_file", {"file_path": "{file}"}),
     "codex": (
         ["exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"],
         "exec_command",

@@ -125,6 +125,14 @@ def test_codex_is_told_by_arguments_before_the_users(
     assert config["model_providers"]["helexa"] == provider and config["model_context_window"] == 4096
 
 
+def test_qwen_is_told_as_openai_clients_are(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Agent(tmp_path, "qwen", monkeypatch)
+    assert main(["launch", "qwen", "--port", port(live)]) == 7
+    environment = agent.started_with()["environment"]
+    told = {name: environment[f"OPENAI_{name}"] for name in ("BASE_URL", "API_KEY", "MODEL")}
+    assert told == {"BASE_URL": f"{live.url}/v1", "API_KEY": "none", "MODEL": "fake"}
+
+
 def test_a_key_goes_to_the_agent_and_never_into_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
