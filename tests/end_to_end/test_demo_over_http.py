@@ -199,3 +199,25 @@ def test_a_forced_call_and_its_result_through_each_wire(client: openai.OpenAI, c
     answered = claude.messages.create(**ask, messages=turns, max_tokens=60, extra_body=GREEDY)
     counted = claude.messages.count_tokens(**ask, messages=turns).input_tokens
     assert counted == answered.usage.input_tokens + answered.usage.cache_read_input_tokens
+
+
+def test_every_wire_says_how_much_of_the_prompt_was_reused(
+    client: openai.OpenAI, claude: anthropic.Anthropic, server: str
+) -> None:
+    """A page holds 64 tokens; the last token of a prompt is always computed."""
+    question = " ".join(f"Is {i} more than {i // 2}?" for i in range(40))
+    messages: Any = [{"role": "user", "content": question}]
+    first, second = (
+        client.chat.completions.create(model="demo", messages=messages, max_tokens=2).usage for _ in range(2)
+    )
+    assert first is not None and second is not None and first.prompt_tokens_details and second.prompt_tokens_details
+    cached = (second.prompt_tokens - 1) // 64 * 64
+    assert cached >= 128
+    assert first.prompt_tokens_details.cached_tokens == 0 and second.prompt_tokens_details.cached_tokens == cached
+    said = client.responses.create(model="demo", input=question, max_output_tokens=2).usage
+    assert said is not None and said.input_tokens_details.cached_tokens == cached
+    usage = claude.messages.create(model="demo", messages=messages, max_tokens=2).usage
+    assert usage.cache_read_input_tokens == cached and usage.input_tokens == second.prompt_tokens - cached
+    metrics = httpx.get(f"{server}/metrics").text.splitlines()
+    hits = next(float(line.split()[-1]) for line in metrics if line.startswith("vllm:prefix_cache_hits_total"))
+    assert hits >= 3 * cached
