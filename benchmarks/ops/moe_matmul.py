@@ -11,7 +11,6 @@ ceilings: bytes over read bandwidth, operations over the int8 multiply rate.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 
@@ -19,12 +18,13 @@ import numpy as np
 import torch
 
 from helexa_engine import presets
-from helexa_engine.cli import machine
 from helexa_engine.ops.moe_matmul import Experts, native
 from helexa_engine.ops.moe_matmul.reference import route
 from helexa_engine.ops.registry import require_native
 from helexa_engine.quant import types
 from helexa_engine.quant.types import QuantType
+
+from .roofline import print_row
 
 _native = require_native()
 
@@ -78,25 +78,20 @@ def main() -> None:
         per_width = expert_bytes / width
         nbytes = statistics.mean(touched) * expert_bytes + shared_width * per_width + 4 * router.rows * hidden
         operations = 6.0 * rows * hidden * (arguments.top_k * width + shared_width)
-        row = {
-            "benchmark": "moe_matmul",
-            "mix": " ".join(arguments.mix),
-            "shape": f"{arguments.experts} x {hidden} x {width}, top {arguments.top_k}, shared {shared_width}",
-            "mapped": arguments.mapped,
-            "rows": rows,
-            "seconds": median,
-            "bytes": nbytes,
-            "gigabytes_per_second": nbytes / median / 1e9,
-            "gigaflops": operations / median / 1e9,
-            "roofline": max(nbytes / bandwidth, operations / rate) / median,
-            "read_gigabytes_per_second": bandwidth / 1e9,
-            "multiply_gigaflops": rate / 1e9,
-            "instruction_set": _native.cpu_isa(),
-            "threads": _native.num_threads(),
-            "commit": machine.commit(),
-            "machine": machine.describe(),
-        }
-        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        print_row(
+            "moe_matmul",
+            {
+                "mix": " ".join(arguments.mix),
+                "shape": f"{arguments.experts} x {hidden} x {width}, top {arguments.top_k}, shared {shared_width}",
+                "mapped": arguments.mapped,
+                "rows": rows,
+            },
+            seconds=median,
+            nbytes=nbytes,
+            operations=operations,
+            bandwidth=bandwidth,
+            rate=rate,
+        )
 
 
 def type_of(parser: argparse.ArgumentParser, name: str) -> QuantType:

@@ -10,16 +10,16 @@ of the two ceilings: bytes of keys and values over read bandwidth, operations ov
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
 
 import torch
 
-from helexa_engine.cli import machine
 from helexa_engine.ops.paged_attention import native
 from helexa_engine.ops.registry import require_native
+
+from .roofline import print_row
 
 PAGE_SIZE = 64
 WORKING_SET = 96 << 20  # bytes
@@ -74,24 +74,15 @@ def main() -> None:
             if tokens > context:
                 continue
             result = measure((num_heads, num_kv_heads, head_dim), tokens, context, arguments.repeats)
-            ceiling = max(result["bytes"] / bandwidth, result["operations"] / float_rate)
-            row = {
-                "benchmark": "paged_attention",
-                "heads": arguments.heads,
-                "tokens": tokens,
-                "context": context,
-                "seconds": result["seconds"],
-                "gigabytes_per_second": result["bytes"] / result["seconds"] / 1e9,
-                "gigaflops": result["operations"] / result["seconds"] / 1e9,
-                "roofline": ceiling / result["seconds"],
-                "read_gigabytes_per_second": bandwidth / 1e9,
-                "multiply_gigaflops": float_rate / 1e9,
-                "instruction_set": _native.cpu_isa(),
-                "threads": _native.num_threads(),
-                "commit": machine.commit(),
-                "machine": machine.describe(),
-            }
-            print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            print_row(
+                "paged_attention",
+                {"heads": arguments.heads, "tokens": tokens, "context": context},
+                seconds=result["seconds"],
+                nbytes=result["bytes"],
+                operations=result["operations"],
+                bandwidth=bandwidth,
+                rate=float_rate,
+            )
 
 
 if __name__ == "__main__":

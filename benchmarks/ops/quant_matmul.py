@@ -10,7 +10,6 @@ the multiply rate of the type's arithmetic.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -18,11 +17,12 @@ import time
 import numpy as np
 import torch
 
-from helexa_engine.cli import machine
 from helexa_engine.ops.quant_matmul import native
 from helexa_engine.ops.registry import require_native
 from helexa_engine.quant import types
 from helexa_engine.quant.types import QuantType
+
+from .roofline import print_row
 
 WORKING_SET = 96 << 20  # bytes
 DEFAULT_TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
@@ -82,24 +82,15 @@ def main() -> None:
         rate = int8_rate if not quant_type.is_float else bfloat16_rate if quant_type is types.BF16 else float_rate
         for rows in arguments.rows:
             result = measure(quant_type, out_features, in_features, rows, arguments.repeats)
-            ceiling = max(result["bytes"] / bandwidth, result["operations"] / rate)
-            row = {
-                "benchmark": "quant_matmul",
-                "type": name,
-                "shape": arguments.shape,
-                "rows": rows,
-                "seconds": result["seconds"],
-                "gigabytes_per_second": result["bytes"] / result["seconds"] / 1e9,
-                "gigaflops": result["operations"] / result["seconds"] / 1e9,
-                "roofline": ceiling / result["seconds"],
-                "read_gigabytes_per_second": bandwidth / 1e9,
-                "multiply_gigaflops": rate / 1e9,
-                "instruction_set": _native.cpu_isa(),
-                "threads": _native.num_threads(),
-                "commit": machine.commit(),
-                "machine": machine.describe(),
-            }
-            print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            print_row(
+                "quant_matmul",
+                {"type": name, "shape": arguments.shape, "rows": rows},
+                seconds=result["seconds"],
+                nbytes=result["bytes"],
+                operations=result["operations"],
+                bandwidth=bandwidth,
+                rate=rate,
+            )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from .chat_template import ChatTemplate
 from .detokenizer import Detokenizer
 from .output_parser import (
     CLOSE_THINK,
-    OPEN_CALL,
     OPEN_THINK,
     CallArguments,
     CallStart,
@@ -42,6 +41,7 @@ from .stop_checker import StopChecker
 from .structured import GrammarCompiler, GrammarState
 from .thinking import Thinking, ThinkingControl
 from .tokenizer import Tokenizer
+from .tool_calls import OPEN_CALL
 
 log = logging.getLogger(__name__)
 

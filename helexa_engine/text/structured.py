@@ -19,18 +19,11 @@ import numpy.typing as npt
 
 from ..errors import HelexaError, InvalidRequest
 from ..sampling_params import StructuredOutput
-from .output_parser import (
-    CLOSE_CALL,
-    CLOSE_FUNCTION,
-    CLOSE_PARAMETER,
-    CLOSE_THINK,
-    OPEN_CALL,
-    OPEN_THINK,
-    resolved,
-    types_of,
-)
+from .output_parser import CLOSE_THINK, OPEN_THINK
 from .thinking import Thinking, ThinkingControl
 from .tokenizer import Tokenizer
+from .tool_calls import CLOSE_CALL, CLOSE_FUNCTION, CLOSE_PARAMETER, OPEN_CALL
+from .tool_schema import resolved, types_of
 
 _CACHED_GRAMMARS = 64
 _LARGE_VOCABULARY = 32_768  # below, a mask costs less than handing its computation to another thread

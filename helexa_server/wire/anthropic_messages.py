@@ -23,6 +23,7 @@ from helexa_engine.events import (
 )
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.sampling_params import SamplingParams, StructuredOutput
+from helexa_engine.text.messages import BILLING_HEADER
 
 from .frame import Call, Frame, decode, deltas, named, typed_frame
 from .openai import Accounts, thinking_options
@@ -32,10 +33,6 @@ __all__ = ["Projector", "build_response", "error_body", "parse_request"]
 log = logging.getLogger(__name__)
 
 ROLES = ("user", "assistant", "system")
-
-#: Claude Code opens its system prompt with a block of its own accounting, different in each session; as a prefix it would
-#: keep every session from the cache.
-BILLING_HEADER = "x-anthropic-billing-header:"
 
 #: Clients want a signature on what was thought, and some drop a block whose signature is empty. Nothing here reads it.
 SIGNATURE = "aGVsZXhh"

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helexa_engine.text.json_repair import BrokenJson, JsonObjectStream
-from helexa_engine.text.output_parser import CallArguments, CallStart, Content, OutputParser, Reasoning, coerce
+from helexa_engine.text.output_parser import CallArguments, CallStart, Content, OutputParser, Reasoning
+from helexa_engine.text.tool_schema import coerce
 
 TOOLS = [
     {
