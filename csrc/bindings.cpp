@@ -134,6 +134,13 @@ PYBIND11_MODULE(_native, module) {
       "one a "
       "matrix or none, multiply the products.");
   module.def(
+      "packed_bytes",
+      [](int quant_type, int64_t rows, int64_t cols, int64_t stack) {
+        return PackedMatrix(quant_type, nullptr, rows, cols, stack, 0, true).packed_bytes();
+      },
+      py::arg("quant_type"), py::arg("rows"), py::arg("cols"), py::arg("stack") = 1,
+      "What `pack` would hold, in bytes; packs nothing.");
+  module.def(
       "map_stack",
       [](int quant_type, uintptr_t source, int64_t rows, int64_t cols, int64_t stack, int64_t stack_stride,
          const py::object&, std::vector<float> scales) {

@@ -88,12 +88,13 @@ class ModelDoesNotFit(HelexaError):
         short = needed_bytes - free_bytes
         message = (
             f"the model needs {needed_bytes / 2**30:.2f} GiB but {device} has {free_bytes / 2**30:.2f} GiB free "
-            f"({short / 2**30:.2f} GiB short)"
+            f"({short / 2**30:.2f} GiB short: {short} bytes)"
         )
         super().__init__(
             f"{message}; {advice}" if advice else message,
             needed_bytes=needed_bytes,
             free_bytes=free_bytes,
+            short_bytes=short,
             device=device,
         )
         self.needed_bytes = needed_bytes

@@ -312,7 +312,7 @@ PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int
     mapped_ = bytes;
     return;
   }
-  data_ = allocate_weights(size_t(nbytes()));
+  data_ = allocate_weights(size_t(packed_bytes()));
   parallel_for(stack_ * groups(), 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i)
       pack_group(i % groups(), bytes + i / groups() * stack_stride_, data_.get() + i * group_bytes_);

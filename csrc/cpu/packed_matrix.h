@@ -91,7 +91,8 @@ class PackedMatrix {
   bool mapped() const { return mapped_ != nullptr; }
   int64_t groups() const { return (rows_ + kLanes - 1) / kLanes; }  // of one matrix
   int64_t group_bytes() const { return group_bytes_; }
-  int64_t nbytes() const { return mapped() ? 0 : stack_ * groups() * group_bytes_; }
+  int64_t packed_bytes() const { return stack_ * groups() * group_bytes_; }
+  int64_t nbytes() const { return mapped() ? 0 : packed_bytes(); }
   int64_t header_area() const { return header_area_; }
   float scale(int64_t member = 0) const { return scales_.empty() ? 1.0f : scales_[size_t(member)]; }
   int lanes(int64_t g) const { return int(rows_ - g * kLanes < kLanes ? rows_ - g * kLanes : kLanes); }

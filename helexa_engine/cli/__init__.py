@@ -27,6 +27,7 @@ COMMANDS = {
     "rm": "delete a model from the hub's cache",
     "quantize": "write a model as a quantised GGUF file",
     "info": "say what a model file holds, without loading it",
+    "plan": "say what loading a model would take and give, without loading it",
     "config": "show every setting and where its value comes from",
     "doctor": "check this machine and this installation",
     "bench": "measure prefill and decode speed against the memory's limit",

@@ -8,12 +8,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..architectures import HYBRIDS, MIXTURES
+from ..architectures import ARCHITECTURES, HYBRIDS, MIXTURES
 from ..errors import UnsupportedCheckpoint
-from ..layers.rotary import inverse_frequencies
+from ..layers.rope_scaling import RopeScaling
 
 LayerType = Literal["linear_attention", "full_attention"]
 ValueHeadOrder = Literal["grouped", "tiled"]
+
+
+def check_architecture(architecture: str, where: str) -> None:
+    """Raises :class:`UnsupportedCheckpoint`, with what there is, unless a model here has this architecture."""
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedCheckpoint(
+            f"architecture {architecture!r} is not supported; helexa runs {', '.join(sorted(ARCHITECTURES))}", where
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +73,10 @@ class ModelConfig:
         """From a checkpoint's config dict. ``where`` names the file in errors.
 
         Raises:
-            UnsupportedCheckpoint: a key is missing or has a value that makes no sense, or a feature is on that no release has.
+            UnsupportedCheckpoint: no model here has this architecture; a key is missing or has a value that makes no sense, or a
+                feature is on that no release has.
         """
+        check_architecture(architecture, where)
         read = _Reader(config, where)
         heads, hidden = read.integer("num_attention_heads", high=4096), read.integer("hidden_size")
         num_layers = read.integer("num_hidden_layers", high=4096)
@@ -82,8 +92,7 @@ class ModelConfig:
             raise read.fail(f"rope_scaling: expected an object, got {rope!r}")
         theta = read.number(config if config.get("rope_theta") is not None else rope or {}, "rope_theta")
         rotary_dim = read.rotary_dim(head_dim, rope or {}, 0.25 if is_hybrid else 1.0)
-        # Raises what rotary_table would, with the file's name.
-        inverse_frequencies(rotary_dim, theta, rope, where=where)
+        RopeScaling.from_config(theta, rope, where)  # raises what rotary_table would, with the file's name
         gated = read.boolean("attn_output_gate", is_hybrid)
         if gated != is_hybrid:
             raise read.fail(f"attn_output_gate: expected {is_hybrid} in {architecture}, got {gated}")

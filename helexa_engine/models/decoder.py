@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 
 from ..batch import Batch
-from ..cache.spec import CacheSpec, KvDtype
 from ..layers.embedding import Embedding
 from ..layers.linear import Linear, MatrixParameter
 from ..layers.norm import RMSNorm
@@ -93,11 +92,6 @@ class Decoder(ABC):
     @abstractmethod
     def make_feed_forward(self, layer_idx: int) -> FeedForward:
         """The feed-forward of a layer."""
-
-    @staticmethod
-    @abstractmethod
-    def cache_specs(config: ModelConfig, kv_dtype: KvDtype) -> list[CacheSpec]:
-        """What each layer remembers; known before anything is loaded."""
 
     def parameters_wanted(self) -> dict[str, ParameterSlot]:
         """Canonical parameter name -> where it goes; every one must be loaded."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..cache.spec import AttentionCacheSpec, CacheSpec, KvDtype
 from ..layers.attention import Attention
 from ..layers.mlp import GatedMLP
 from .config import ModelConfig
@@ -19,11 +18,6 @@ class Qwen3(Decoder):
 
     def make_feed_forward(self, layer_idx: int) -> FeedForward:
         return gated_mlp(self.config, layer_idx, self.device)
-
-    @staticmethod
-    def cache_specs(config: ModelConfig, kv_dtype: KvDtype) -> list[CacheSpec]:
-        spec = AttentionCacheSpec(config.num_key_value_heads, config.head_dim, kv_dtype)
-        return [spec] * config.num_hidden_layers
 
 
 def attention(config: ModelConfig, layer_idx: int, rotary: torch.Tensor, device: str) -> Attention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import UnsupportedCheckpoint
+from .config import check_architecture
 from .decoder import Decoder
 from .qwen3 import Qwen3
 from .qwen3_5 import Qwen3_5
@@ -22,9 +22,5 @@ MODELS: dict[str, type[Decoder]] = {
 
 def model_class(architecture: str, where: str) -> type[Decoder]:
     """The class for an architecture. Raises :class:`UnsupportedCheckpoint` with what there is."""
-    try:
-        return MODELS[architecture]
-    except KeyError:
-        raise UnsupportedCheckpoint(
-            f"architecture {architecture!r} is not supported; helexa runs {', '.join(sorted(MODELS))}", where
-        ) from None
+    check_architecture(architecture, where)
+    return MODELS[architecture]

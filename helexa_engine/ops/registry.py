@@ -98,6 +98,19 @@ def op_names() -> frozenset[str]:
     return frozenset(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]) if module.ispkg)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An implementation that was chosen: its name, its module, and why it is this one.
+
+    ``is_fallback``: it is the twin, because nothing faster can run here.
+    """
+
+    implementation: str
+    module: str
+    why: str
+    is_fallback: bool = False
+
+
 class Op:
     """An op: its reference and its implementations in order of preference."""
 
@@ -108,7 +121,23 @@ class Op:
         self._logged: set[str] = set()
 
     def choose(self, device: str, **facts: Any) -> ModuleType:
-        """The module to use on ``device`` (``"cpu"``) for these facts.
+        """The module to use on ``device`` (``"cpu"``) for these facts, as :meth:`decide` says; the choice is logged once.
+
+        Raises:
+            BackendUnavailable: see :meth:`decide`.
+        """
+        choice = self.decide(device, **facts)
+        message = f"{self.name}: {choice.implementation} ({choice.why})"
+        if message not in self._logged:
+            self._logged.add(message)
+            if choice.is_fallback:
+                logger.warning("%s: plain PyTorch, same results, about a hundred times slower", message)
+            else:
+                logger.debug("%s", message)
+        return importlib.import_module(choice.module)
+
+    def decide(self, device: str, **facts: Any) -> Choice:
+        """What :meth:`choose` takes; imports nothing.
 
         Raises:
             BackendUnavailable: a forced implementation does not exist or cannot run here, or ``HELEXA_OPS`` names no op.
@@ -121,27 +150,17 @@ class Op:
             )
         forced = wanted.get(self.name)
         if forced == "reference":
-            return self._take("reference", self.reference, "forced by HELEXA_OPS")
+            return Choice("reference", self.reference, "forced by HELEXA_OPS")
         reasons: list[str] = []
         for implementation in self.implementations:
             if forced not in (None, implementation.name):
                 continue
             reason = implementation.why_not(device, facts)
             if reason is None:
-                return self._take(implementation.name, implementation.module, f"on {device}")
+                return Choice(implementation.name, implementation.module, f"on {device}")
             reasons.append(f"{implementation.name}: {reason}")
         if forced is not None:
             known = ", ".join([*(i.name for i in self.implementations), "reference"])
             detail = "; ".join(reasons) or f"unknown implementation; expected one of {known}"
             raise BackendUnavailable(f"HELEXA_OPS forces {self.name}={forced} on {device} with {facts}: {detail}")
-        return self._take("reference", self.reference, "; ".join(reasons), slow=True)
-
-    def _take(self, name: str, module: str, why: str, *, slow: bool = False) -> ModuleType:
-        message = f"{self.name}: {name} ({why})"
-        if message not in self._logged:
-            self._logged.add(message)
-            if slow:
-                logger.warning("%s: plain PyTorch, same results, about a hundred times slower", message)
-            else:
-                logger.debug("%s", message)
-        return importlib.import_module(module)
+        return Choice("reference", self.reference, "; ".join(reasons), is_fallback=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import ContextLengthExceeded, HelexaError, InvalidRequest
 from ..events import Timings
 from ..sampling_params import SamplingParams
+from .memory import LOGITS_ROWS
 from .model_runner import ModelRunner
 from .sampler import DAMAGED, Grammar, Logits, Logprobs, Sampler, SamplingFailed, log_probabilities, logprobs_of
 from .scheduler import Chunk, Scheduler
@@ -19,9 +20,6 @@ from .sequence import Sequence
 
 if TYPE_CHECKING:
     import torch
-
-#: Rows of logits computed at once where a whole prompt needs them: bounds the workspace to this many times the vocabulary.
-LOGITS_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,30 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import env
 from ..cache.page_pool import PagePool
 from ..cache.prefix_cache import PrefixCache
-from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, KvDtype, StateCacheSpec
+from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, StateCacheSpec
 from ..cache.state_pool import StatePool
 from ..config import EngineConfig
-from ..errors import InvalidRequest, ModelNotFound
 from ..generate_request import GenerateRequest
-from ..models.config import ModelConfig
 from ..models.registry import model_class
 from ..ops.registry import native_core
-from ..quant import types
 from ..text.chat_template import ChatTemplate
 from ..text.request_processor import RequestProcessor
 from ..text.tokenizer import Tokenizer
-from ..weights import hub
 from ..weights.checkpoint import Checkpoint, open_checkpoint
-from ..weights.loader import expert_names, required_bytes
 from ..weights.loader import load as load_weights
 from . import quant_cache
-from .engine import LOGITS_ROWS, Engine, EngineRequest
+from .engine import Engine, EngineRequest
 from .engine_thread import EngineThread
-from .memory import MemoryPlan, available_bytes, plan
+from .locate import locate_model, model_name
+from .memory import MemoryPlan
 from .model_runner import Model, ModelRunner
+from .plan import plan_model
 from .request_events import RequestEvents, engine_request
 from .scheduler import Scheduler
 
@@ -73,45 +69,6 @@ class ModelInfo:
         return {"context": context, "input": context - 1, "output": context - 1}
 
 
-def resolve_model(model: str | Path, *, offline: bool = False, progress: Progress | None = None) -> Path:
-    """The file or folder of a model. A hub id is downloaded unless it is complete on disk.
-
-    Raises:
-        ModelNotFound, DownloadFailed.
-    """
-    if model == "demo":
-        from .. import demo
-
-        path = demo.path()
-        if not path.is_file():
-            raise ModelNotFound("demo", f"the demo model is missing from this installation ({path})")
-        return path
-    path = Path(model).expanduser()
-    if path.is_dir() or path.is_file():
-        return path
-    if not str(model):
-        raise ModelNotFound("", "give a .gguf file, a HuggingFace folder, a hub id org/name, or demo")
-    hub_id = hub.HubId.parse(model) if isinstance(model, str) else None
-    if hub_id is None:
-        raise ModelNotFound(
-            str(model), "no such file or folder; give a .gguf file, a HuggingFace folder, a hub id org/name, or demo"
-        )
-
-    def report(transfer: hub.Transfer) -> None:
-        if progress is not None:
-            share = transfer.all_done_bytes / max(1, transfer.all_total_bytes)
-            progress(f"downloading {transfer.file}", share)
-
-    return hub.locate(hub_id, offline=offline or env.offline(), on_transfer=report)
-
-
-def _name(model: str | Path, path: Path) -> str:
-    """What the loaded model is called: a file's stem, a folder's name, and ``demo`` or a hub id as it was given."""
-    if model == "demo" or not Path(model).expanduser().exists():
-        return str(model)
-    return path.stem if path.suffix == ".gguf" else path.resolve().name
-
-
 class LoadedModel:
     """A model that runs: what :class:`helexa_engine.LLM` and :class:`helexa_engine.AsyncEngine` have in common."""
 
@@ -148,28 +105,15 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     if config.num_threads is not None and (core := native_core()) is not None:
         core.set_num_threads(config.num_threads)
     report = progress or (lambda stage, fraction: None)
-    path = resolve_model(model, offline=config.offline, progress=progress)
+    path = locate_model(model, offline=config.offline, progress=progress)
     report("reading the checkpoint", 0.0)
     with open_checkpoint(path) as checkpoint:
-        if config.quant is not None:
-            checkpoint.tile_value_heads()
         build = model_class(checkpoint.architecture, checkpoint.where)
-        model_config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
-        specs = build.cache_specs(model_config, _kv_dtype(config, checkpoint))
-        weight_bytes = required_bytes(
-            checkpoint,
-            dtype=config.dtype,
-            quant=config.quant,
-            has_importance=config.imatrix is not None,
-            mmap_experts=config.mmap_experts,
-        )
-        mapped = expert_names(checkpoint, dtype=config.dtype, quant=config.quant) if config.mmap_experts else ()
-        mapped_bytes = sum(checkpoint.tensor(name).nbytes for name in mapped)
-        memory = plan_memory(model_config, specs, config, weight_bytes, mapped_bytes=mapped_bytes)
-        log.info("%s: %s", path.name, memory)
-        processor = _request_processor(checkpoint, model_config.vocab_size)
-        net = build(model_config, memory.max_model_len)
-        cached = _cached(checkpoint, config, _name(model, path), report)
+        plan = plan_model(checkpoint, config, name=model_name(model, path))
+        log.info("%s: %s", path.name, plan.memory)
+        processor = _request_processor(checkpoint, plan.config.vocab_size)
+        net = build(plan.config, plan.memory.max_model_len)
+        cached = _cached(checkpoint, config, plan.name, report) if plan.from_quant_cache else None
         load_weights(
             net,
             cached or checkpoint,
@@ -178,17 +122,17 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
             mmap_experts=config.mmap_experts,
             progress=report,
         )
-    engine = build_engine(net, specs, memory, config, model_config.vocab_size)
+    engine = build_engine(net, plan.specs, plan.memory, config, plan.config.vocab_size)
     info = ModelInfo(
-        name=_name(model, path),
+        name=plan.name,
         path=path,
-        architecture=checkpoint.architecture,
-        vocab_size=model_config.vocab_size,
-        max_model_len=memory.max_model_len,
-        weight_bytes=weight_bytes,
-        kv_bytes=memory.kv_bytes,
-        state_bytes=memory.state_bytes,
-        snapshot_bytes=memory.snapshot_bytes,
+        architecture=plan.architecture,
+        vocab_size=plan.config.vocab_size,
+        max_model_len=plan.memory.max_model_len,
+        weight_bytes=plan.memory.weight_bytes,
+        kv_bytes=plan.memory.kv_bytes,
+        state_bytes=plan.memory.state_bytes,
+        snapshot_bytes=plan.memory.snapshot_bytes,
         capabilities=processor.capabilities(),
     )
     report("ready", 1.0)
@@ -196,15 +140,8 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
 
 
 def _cached(checkpoint: Checkpoint, config: EngineConfig, name: str, report: Progress) -> Checkpoint | None:
-    """The checkpoint quantised as ``config`` says, from the disk; None where it asks for nothing of the kind."""
-    if config.quant is None or not config.quant_cache or not quant_cache.can_hold(checkpoint):
-        if config.imatrix is not None:
-            raise InvalidRequest(
-                "imatrix",
-                "expected quant beside it, quant_cache on and weights that are not quantised yet: importances count when a "
-                "quantised file is written",
-            )
-        return None
+    """The checkpoint quantised as ``config`` says, from the disk; None where the cache cannot hold it."""
+    assert config.quant is not None
     return quant_cache.open_quantized(
         checkpoint.path,
         config.quant,
@@ -225,18 +162,6 @@ def _request_processor(checkpoint: Checkpoint, vocab_size: int) -> RequestProces
     template = checkpoint.chat_template
     chat_template = ChatTemplate.for_tokenizer(template, tokenizer) if template else None
     return RequestProcessor(tokenizer, chat_template, checkpoint.generation_config)
-
-
-def _kv_dtype(config: EngineConfig, checkpoint: Checkpoint) -> KvDtype:
-    """``auto`` is float32 where the matrices are float32, else float16."""
-    if config.kv_dtype != "auto":
-        return config.kv_dtype
-    if config.quant is not None:
-        return "float16"
-    if config.dtype != "auto":
-        return "float32" if config.dtype == "float32" else "float16"
-    matrices = [tensor for tensor in checkpoint.tensors if len(tensor.shape) > 1]
-    return "float32" if all(t.quant_type is types.F32 for t in matrices) else "float16"
 
 
 def build_engine(
@@ -270,55 +195,3 @@ def build_engine(
         snapshot_interval=config.snapshot_interval,
     )
     return Engine(runner, scheduler, vocab_size=vocab_size, max_model_len=memory.max_model_len, seed=config.seed)
-
-
-def plan_memory(
-    model_config: ModelConfig,
-    specs: list[CacheSpec],
-    config: EngineConfig,
-    weight_bytes: int,
-    available: int | None = None,
-    mapped_bytes: int = 0,
-) -> MemoryPlan:
-    """The plan for a model of this shape on this machine. Raises :class:`ModelDoesNotFit`, :class:`InvalidRequest`."""
-    needed = PAGE_SIZE + config.max_num_seqs - 1
-    if config.max_num_batched_tokens < needed:
-        raise InvalidRequest(
-            "max_num_batched_tokens",
-            f"expected at least {needed}: a chunk of {PAGE_SIZE} tokens and a token of each other sequence "
-            f"(max_num_seqs={config.max_num_seqs}) share a step; got {config.max_num_batched_tokens}",
-        )
-    if config.snapshot_interval % PAGE_SIZE:
-        raise InvalidRequest(
-            "snapshot_interval", f"expected a multiple of {PAGE_SIZE} tokens, got {config.snapshot_interval}"
-        )
-    return plan(
-        weight_bytes=weight_bytes,
-        page_bytes=sum(spec.page_bytes for spec in specs if isinstance(spec, AttentionCacheSpec)),
-        page_size=PAGE_SIZE,
-        workspace_bytes=_workspace_bytes(model_config, config),
-        state_slot_bytes=sum(spec.slot_bytes for spec in specs if isinstance(spec, StateCacheSpec)),
-        model_max_len=model_config.max_position_embeddings,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        available_bytes=available_bytes() if available is None else available,
-        memory_fraction=config.memory_fraction,
-        mapped_bytes=mapped_bytes,
-        num_snapshots=config.state_snapshots if config.prefix_cache else 0,
-    )
-
-
-def _workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Float32 activations of the widest layer in the largest step, and the logits."""
-    heads = model.num_attention_heads + 2 * model.num_key_value_heads
-    gates = model.num_attention_heads if model.attn_output_gate else 0
-    attention = (heads + gates + model.num_attention_heads) * model.head_dim
-    values = model.linear_num_value_heads * model.linear_value_head_dim
-    conv = 2 * model.linear_num_key_heads * model.linear_key_head_dim + values
-    delta_net = 2 * conv + 2 * values + 2 * model.linear_num_value_heads
-    # Gate, up and their product, of the dense block or of every expert that a token takes.
-    expert = model.num_experts_per_tok * (model.moe_intermediate_size + model.hidden_size)
-    feed_forward = 3 * max(model.intermediate_size, model.shared_expert_intermediate_size + expert)
-    per_token = 2 * model.hidden_size + max(attention, delta_net, feed_forward)
-    rows = max(config.max_num_seqs, LOGITS_ROWS)
-    return 4 * (config.max_num_batched_tokens * per_token + rows * model.vocab_size)

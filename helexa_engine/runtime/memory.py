@@ -13,6 +13,9 @@ TOKENS_PER_SEAT = 4096
 #: Snapshots of recurrent states may take this much of the memory that the context could have as well.
 SNAPSHOT_SHARE = 0.25
 
+#: Rows of logits computed at once where a whole prompt needs them: bounds the workspace to this many times the vocabulary.
+LOGITS_ROWS = 32
+
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "max"
 
 
@@ -27,6 +30,7 @@ class MemoryPlan:
         state_bytes: recurrent states of every sequence that may run; they do not grow with its length.
         snapshot_bytes: snapshots of such states in the prefix cache, ``num_snapshots`` of them.
         workspace_bytes: activations and logits of the largest step.
+        position_bytes: tables of ``max_model_len`` positions: rotary angles, and the pages of each sequence.
         max_model_len: longest prompt plus answer, in tokens.
         available_bytes: what the device had free when this was planned.
         mapped_bytes: experts left in the mapped file; not reserved, the page cache holds as much of them as there is room for.
@@ -42,6 +46,7 @@ class MemoryPlan:
     mapped_bytes: int = 0
     num_snapshots: int = 0
     snapshot_bytes: int = 0
+    position_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -49,16 +54,17 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.state_bytes + self.snapshot_bytes + self.workspace_bytes
+        reserved = self.kv_bytes + self.state_bytes + self.snapshot_bytes
+        return self.weight_bytes + reserved + self.workspace_bytes + self.position_bytes
 
     def __str__(self) -> str:
         states = f" + states {_size(self.state_bytes)}" if self.state_bytes else ""
         if self.num_snapshots:
             states += f" + {self.num_snapshots} snapshots of them {_size(self.snapshot_bytes)}"
+        workspace = _size(self.workspace_bytes + self.position_bytes)
         return (
             f"weights {_size(self.weight_bytes)} + KV pages {_size(self.kv_bytes)} ({self.num_pages} pages){states} + workspace "
-            f"{_size(self.workspace_bytes)} = {_size(self.total_bytes)} of {_size(self.available_bytes)} free; context "
-            f"{self.max_model_len} tokens"
+            f"{workspace} = {_size(self.total_bytes)} of {_size(self.available_bytes)} free; context {self.max_model_len} tokens"
             + (f"; {_size(self.mapped_bytes)} of experts stay in the mapped file" if self.mapped_bytes else "")
         )
 
@@ -70,6 +76,7 @@ def plan(
     page_size: int,
     workspace_bytes: int,
     state_slot_bytes: int = 0,
+    position_page_bytes: int = 0,
     model_max_len: int,
     max_model_len: int | None,
     max_num_seqs: int,
@@ -84,6 +91,8 @@ def plan(
     ``state_slot_bytes`` are the recurrent states of one sequence across all layers; each of ``max_num_seqs`` has its own, and of
     the ``num_snapshots`` wanted there are as many as fit into :data:`SNAPSHOT_SHARE` of what the context asked for leaves.
 
+    ``position_page_bytes`` are taken once for each page of the context, whoever uses it.
+
     The context is what was asked for (``max_model_len``), else what the model allows, cut to what fits. Pages beyond one sequence
     of that length are reserved for the other seats, :data:`TOKENS_PER_SEAT` tokens each, as far as they fit.
 
@@ -96,31 +105,35 @@ def plan(
     budget = int(available_bytes * memory_fraction)
     state_bytes = state_slot_bytes * max_num_seqs
     fixed_bytes = weight_bytes + workspace_bytes + state_bytes
-    spare_pages = (budget - fixed_bytes) // page_bytes
-    required_pages = -(-max_model_len // page_size) if max_model_len is not None else 1
-    if spare_pages < required_pages:
-        needed = fixed_bytes + required_pages * page_bytes
-        if max_model_len is not None and spare_pages >= 1:
-            advice = f"max_model_len={spare_pages * page_size} would fit"
-        elif fixed_bytes + page_bytes > budget >= fixed_bytes - state_bytes + state_slot_bytes + page_bytes:
-            seats = (budget - weight_bytes - workspace_bytes - page_bytes) // state_slot_bytes
+    context_page_bytes = page_bytes + position_page_bytes
+    required_pages = _ceil(max_model_len, page_size) if max_model_len is not None else 1
+    spare_bytes = budget - fixed_bytes - required_pages * context_page_bytes
+    if spare_bytes < 0:
+        fitting_pages = (budget - fixed_bytes) // context_page_bytes
+        if max_model_len is not None and fitting_pages >= 1:
+            advice = f"max_model_len={fitting_pages * page_size} would fit"
+        elif (
+            fixed_bytes + context_page_bytes
+            > budget
+            >= fixed_bytes - state_bytes + state_slot_bytes + context_page_bytes
+        ):
+            seats = (budget - weight_bytes - workspace_bytes - context_page_bytes) // state_slot_bytes
             advice = f"max_num_seqs={seats} would fit: each takes {_size(state_slot_bytes)} of state"
         else:
             advice = "take a smaller model or a smaller quantisation, or free memory"
-        raise ModelDoesNotFit(needed, budget, device, f"{advice} (memory_fraction={memory_fraction:g})")
-    if state_slot_bytes:
-        spare_bytes = budget - fixed_bytes - required_pages * page_bytes
-        num_snapshots = min(num_snapshots, int(spare_bytes * SNAPSHOT_SHARE) // state_slot_bytes)
-    else:
-        num_snapshots = 0
+        raise ModelDoesNotFit(budget - spare_bytes, budget, device, f"{advice} (memory_fraction={memory_fraction:g})")
+    num_snapshots = min(num_snapshots, int(spare_bytes * SNAPSHOT_SHARE) // state_slot_bytes) if state_slot_bytes else 0
     snapshot_bytes = num_snapshots * state_slot_bytes
-    spare_pages = (budget - fixed_bytes - snapshot_bytes) // page_bytes
-    context = max_model_len if max_model_len is not None else min(model_max_len, spare_pages * page_size)
+    left = budget - fixed_bytes - snapshot_bytes
+    context = max_model_len
+    if context is None:
+        context = min(model_max_len, left // context_page_bytes * page_size)
+    position_bytes = _ceil(context, page_size) * position_page_bytes
     wanted_tokens = max(context, max_num_seqs * min(context, TOKENS_PER_SEAT))
     return MemoryPlan(
         weight_bytes=weight_bytes,
         page_bytes=page_bytes,
-        num_pages=min(spare_pages, -(-wanted_tokens // page_size)),
+        num_pages=min((left - position_bytes) // page_bytes, _ceil(wanted_tokens, page_size)),
         state_bytes=state_bytes,
         workspace_bytes=workspace_bytes,
         max_model_len=context,
@@ -128,7 +141,12 @@ def plan(
         mapped_bytes=mapped_bytes,
         num_snapshots=num_snapshots,
         snapshot_bytes=snapshot_bytes,
+        position_bytes=position_bytes,
     )
+
+
+def _ceil(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size)
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:

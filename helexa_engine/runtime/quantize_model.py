@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import InvalidRequest
 from ..models.config import ModelConfig
-from ..models.registry import model_class
 from ..quant import mixes
 from ..text.gguf_metadata import tokenizer_metadata
 from ..weights import imatrix, loader, quantized_file
@@ -110,6 +109,8 @@ def quantize_model(
 
 def _check(checkpoint: Checkpoint) -> None:
     """Raises :class:`UnsupportedCheckpoint` unless it holds a whole model that helexa runs."""
+    from ..models.registry import model_class  # brings torch, which planning does without
+
     build = model_class(checkpoint.architecture, checkpoint.where)
     config = ModelConfig.from_checkpoint(checkpoint.architecture, checkpoint.config, checkpoint.where)
     loader.check(build(config, 1).parameters_wanted(), checkpoint)

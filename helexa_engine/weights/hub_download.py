@@ -66,8 +66,8 @@ class Plan:
         return snapshot if self.variant.is_folder else snapshot / self.variant.files[0]
 
 
-def plan(wanted: HubId) -> Plan:
-    """Asks the hub what ``wanted`` is; downloads nothing.
+def plan(wanted: HubId, *, needs_room: bool = True) -> Plan:
+    """Asks the hub what ``wanted`` is; downloads nothing. Without ``needs_room`` the disk may be too small for it.
 
     Raises:
         ModelNotFound: no such repository, revision or quant, with what there is.
@@ -76,7 +76,7 @@ def plan(wanted: HubId) -> Plan:
     from huggingface_hub import HfApi
 
     endpoint = env.hub_endpoint()
-    with _explained(wanted, endpoint):
+    with explained(wanted, endpoint):
         info = HfApi(endpoint=endpoint, library_name="helexa", library_version=__version__).model_info(
             wanted.repo, revision=wanted.revision, files_metadata=True, timeout=30.0
         )
@@ -95,7 +95,8 @@ def plan(wanted: HubId) -> Plan:
         blob = folder / "blobs" / str(blobs[name])
         if not (folder / "snapshots" / commit / name).exists() and not blob.exists():
             needed_bytes += max(0, sizes[name] - _size(blob.with_name(f"{blob.name}.incomplete")))
-    _check_room(wanted, needed_bytes)
+    if needs_room:
+        _check_room(wanted, needed_bytes)
     return Plan(wanted, commit, variant, {name: sizes[name] for name in variant.files}, needed_bytes)
 
 
@@ -149,7 +150,7 @@ def _bring(plan: Plan, name: str, size: int, report: Callable[[int], None]) -> N
     headers = build_hf_headers(library_name="helexa", library_version=__version__)
     url = hf_hub_url(repo, name, revision=plan.commit, endpoint=endpoint)
     what = f"{repo}: {name}"
-    with _explained(plan.wanted, endpoint, name):
+    with explained(plan.wanted, endpoint, name):
         if size <= MAX_HTTP_BYTES:
             facts = get_hf_file_metadata(url, headers=headers, timeout=30.0, retry_on_errors=True)
             etag, size = facts.etag, size if facts.size is None else facts.size
@@ -264,7 +265,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _explained(wanted: HubId, endpoint: str, name: str | None = None) -> Iterator[None]:
+def explained(wanted: HubId, endpoint: str, name: str | None = None) -> Iterator[None]:
     """Whatever goes wrong inside becomes one of our errors, with the place and the way out."""
     import httpx2
     from huggingface_hub import errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -157,32 +158,45 @@ def _mix_types(checkpoint: Checkpoint, quant: str | None, has_importance: bool =
     return changed
 
 
-def required_bytes(
+@dataclass(frozen=True, slots=True)
+class LoadedTensor:
+    """A tensor as loading leaves it. ``mapped``: where it is, in the file."""
+
+    name: str
+    quant_type: QuantType
+    shape: tuple[int, ...]
+    mapped: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a file of this type."""
+        return math.prod(self.shape) // self.quant_type.block_size * self.quant_type.block_bytes
+
+
+def loaded_tensors(
     checkpoint: Checkpoint,
     *,
     dtype: str = "auto",
     quant: str | None = None,
     has_importance: bool = False,
     mmap_experts: bool = False,
-) -> int:
-    """Bytes of the weights once loaded, from the headers alone; vectors and the like are float32 whatever the file has.
+) -> list[LoadedTensor]:
+    """What :func:`load` with these arguments makes of each tensor, from the headers alone; vectors and the like are float32 whatever
+    the file has.
 
-    With ``mmap_experts`` without the experts, which take nothing. With ``has_importance`` as if quantised with an importance matrix.
-    Raises as :func:`load` does.
+    With ``has_importance`` as if quantised with an importance matrix. Raises as :func:`load` does.
     """
     types_wanted = _mix_types(checkpoint, quant, has_importance)
     mapped = expert_names(checkpoint, dtype=dtype, quant=quant) if mmap_experts else frozenset()
-    total = 0
+    found = []
     for raw in checkpoint.tensors:
-        if raw.name in mapped:
-            continue
         target = types_wanted.get(raw.name, raw.quant_type)
         if mixes.stays_float32(raw.name, raw.shape) or target is types.F64:
             target = types.F32
         elif target.is_float and raw.name not in types_wanted:
             target = _FLOATS.get(dtype, target)
-        total += math.prod(raw.shape) // target.block_size * target.block_bytes
-    return total
+        found.append(LoadedTensor(raw.name, target, raw.shape, raw.name in mapped))
+    return found
 
 
 def requantize(raw: RawTensor, target: QuantType, where: str) -> RawTensor:

@@ -320,10 +320,10 @@ def test_a_context_beyond_the_model(folder: Path) -> None:
 
 
 def test_out_of_memory_is_foreseen_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helexa_engine.runtime import load
+    from helexa_engine.runtime import plan
 
     stages: list[str] = []
-    monkeypatch.setattr(load, "available_bytes", lambda: 2_000_000)
+    monkeypatch.setattr(plan, "available_bytes", lambda: 2_000_000)
     with pytest.raises(ModelDoesNotFit) as caught:
         LLM(folder, progress=lambda stage, _: stages.append(stage))
     assert caught.value.needed_bytes > caught.value.free_bytes > 0

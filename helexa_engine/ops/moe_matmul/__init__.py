@@ -18,7 +18,7 @@ Functions of an implementation:
 from __future__ import annotations
 
 from ..registry import Implementation, Op
-from .reference import Experts
+from .experts import Experts
 
 moe_matmul = Op(
     "moe_matmul",

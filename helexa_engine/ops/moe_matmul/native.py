@@ -9,7 +9,8 @@ import torch
 
 from ...quant.types import F32, QuantType
 from ..registry import require_native
-from .reference import Experts, check_stack
+from .experts import Experts
+from .reference import check_stack
 
 _native = require_native()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +11,7 @@ import torch
 from ...quant.dequantize import dequantize
 from ...quant.types import QuantType
 from ..quant_matmul.reference import rms_norm
-
-
-class Experts(NamedTuple):
-    """Stacks of one size: ``gate`` and ``up`` [F, H], ``down`` [H, F], each as ``pack_experts`` made it."""
-
-    gate: Any
-    up: Any
-    down: Any
+from .experts import Experts
 
 
 @dataclass(frozen=True)

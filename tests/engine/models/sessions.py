@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from helexa_engine import env
 from helexa_engine.batch import Batch
 from helexa_engine.cache.spec import AttentionCache, AttentionCacheSpec, KvDtype, StateCache
+from helexa_engine.models.cache_specs import cache_specs
 from helexa_engine.models.decoder import Decoder
 from helexa_engine.ops.registry import native_core
 
@@ -53,7 +54,7 @@ class Pool:
 
     def __init__(self, model: Decoder, kv_dtype: KvDtype = "float32") -> None:
         self.model = model
-        specs = model.cache_specs(model.config, kv_dtype)
+        specs = cache_specs(model.config, kv_dtype)
         self.caches = [spec.allocate(12 if isinstance(spec, AttentionCacheSpec) else NUM_SLOTS) for spec in specs]
         for layer in self.caches:
             tensors = (

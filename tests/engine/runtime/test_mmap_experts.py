@@ -14,11 +14,11 @@ import torch
 from helexa_engine import LLM, SamplingParams, presets
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import InvalidRequest, ModelDoesNotFit
+from helexa_engine.models.cache_specs import cache_specs
 from helexa_engine.models.config import ModelConfig
-from helexa_engine.models.registry import model_class
 from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import mixes
-from helexa_engine.runtime.load import plan_memory
+from helexa_engine.runtime.plan import plan_memory
 from helexa_engine.weights import gguf_names
 
 MB = 10**6
@@ -78,7 +78,8 @@ def test_mapped_experts_take_no_memory_of_the_process(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         seen[kind] = json.loads(done.stdout)
     assert seen["mapped"]["tokens"] == seen["packed"]["tokens"]
-    assert seen["packed"]["weights"] - seen["mapped"]["weights"] == experts
+    # Packed, a K quant's scales take a little more than in the file: Q4_K 4.625 bits a weight for 4.5.
+    assert experts <= seen["packed"]["weights"] - seen["mapped"]["weights"] <= 1.03 * experts
     assert seen["packed"]["loaded"] - seen["packed"]["before"] > experts, "this did not measure the load"
     for when in ("loaded", "used"):  # what is left is code, tokenizer, pages and workspace, the same in both
         assert seen["packed"][when] - seen["mapped"][when] > 0.95 * experts
@@ -110,7 +111,7 @@ def test_a_plan_for_30b_a3b_fits_24_gib(name: str, gib: int, mmap_experts: bool,
     metadata = presets._metadata(name, shape, MIX)
     config = gguf_names.hf_config(metadata, shape.vocab_size, shape.tie_word_embeddings, "preset")
     model = ModelConfig.from_checkpoint(shape.architecture, config, "preset")
-    specs = model_class(shape.architecture, "preset").cache_specs(model, "float16")
+    specs = cache_specs(model, "float16")
     held = [t for t in presets.tensors(shape, MIX) if not (mmap_experts and "_exps" in t.name)]
     # Packed, a K-quant's scales take a little more than in the file: Q4_K 4.625 bits a weight for 4.5.
     weight_bytes = int(1.028 * sum(tensor.nbytes for tensor in held))

@@ -132,12 +132,14 @@ def hub_server() -> Iterator[HubServer]:
             if self.hub.corrupt:
                 data = bytes([data[0] ^ 255]) + data[1:]
             begin, status, headers = 0, 200, {"ETag": '"of the cdn"'}
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range", ""))
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))
             if wanted and not self.hub.ignore_range:
                 begin, status = int(wanted[1]), 206
-                headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+                end = min(len(data), int(wanted[2]) + 1) if wanted[2] else len(data)
+                headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
                 if begin >= len(data):
                     return self._answer(416, b"")
+                data = data[:end]
             body = data[begin:]
             cuts = self.hub.cut.get(file, [])
             stop = cuts.pop(0) if cuts and self.command == "GET" else None

@@ -58,14 +58,15 @@ def test_each_matrix_gets_the_type_of_the_mix(hf_folder: Path, quant: str) -> No
         assert ((values - stored) ** 2).mean() < 0.01 * (stored**2).mean()
     mix = mixes.by_name(quant)
     assert mix is not None and (mix.base in seen or seen <= {types.Q5_0, types.Q8_0, types.IQ4_NL})
-    assert loader.required_bytes(checkpoint, quant=quant) == loaded_bytes
+    assert sum(tensor.nbytes for tensor in loader.loaded_tensors(checkpoint, quant=quant)) == loaded_bytes
 
 
-def test_required_bytes_of_a_plain_load(hf_folder: Path, gguf_file: Path) -> None:
+def test_what_a_plain_load_takes(hf_folder: Path, gguf_file: Path) -> None:
     folder = open_checkpoint(hf_folder)
     values = sum(int(np.prod(raw.shape)) for raw in folder.tensors)
-    assert loader.required_bytes(folder, dtype="float32") == 4 * values
-    assert loader.required_bytes(open_checkpoint(gguf_file)) <= open_checkpoint(gguf_file).nbytes
+    assert sum(tensor.nbytes for tensor in loader.loaded_tensors(folder, dtype="float32")) == 4 * values
+    file = open_checkpoint(gguf_file)
+    assert sum(tensor.nbytes for tensor in loader.loaded_tensors(file)) <= file.nbytes
 
 
 def test_an_unknown_mix_is_named(hf_folder: Path) -> None:
@@ -89,4 +90,4 @@ def test_what_is_quantised_already_is_not_quantised_again(tmp_path: Path) -> Non
     path = tmp_path / "m.gguf"
     write_preset_gguf(path, "qwen3-tiny", "Q4_K_M")
     with pytest.raises(InvalidRequest, match="quant: the weights are quantised already"):
-        loader.required_bytes(open_checkpoint(path), quant="Q8_0")
+        loader.loaded_tensors(open_checkpoint(path), quant="Q8_0")
