@@ -27,9 +27,11 @@ from helexa_engine.config import EngineConfig
 from helexa_engine.errors import InvalidRequest
 
 from . import endpoints, openapi, status_page
+from .allowed_hosts import AllowedHosts
 from .auth import RequireApiKey
 from .config import ServerConfig
 from .endpoints import Generate
+from .energy import EnergyMeter
 from .errors import HANDLERS, CannotListen, as_helexa_error
 from .http_protocol import HttpProtocol
 from .logs import configure_logging
@@ -94,13 +96,16 @@ class App(Starlette):
 def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette:
     """The ASGI application over ``models``, which may still be loading. Raises :class:`InvalidRequest`."""
     keys = config.keys()
-    middleware = [Middleware(RequireApiKey, keys=keys)] if keys else []
+    middleware = [Middleware(AllowedHosts, config=config)]
+    if keys:
+        middleware.append(Middleware(RequireApiKey, keys=keys))
     app = App(routes=ROUTES, middleware=middleware, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     app.state.config = config
     app.state.models = ServedModels(models)
     app.state.running = RunningRequests()
     app.state.rejected = Counter()
+    app.state.energy = EnergyMeter()
     app.state.metrics = {model.id: ModelMetrics() for model in models}
     return app
 

@@ -40,6 +40,10 @@ class ServerConfig:
         None, "file with the key that /models/load and /models/unload take; or set HELEXA_ADMIN_KEY"
     )
     insecure: bool = knob(False, "listen beyond loopback without an API key")
+    allowed_hosts: str | None = knob(
+        None,
+        "names clients may call this server by, with commas between; * for any; default: localhost when it listens on loopback, else any",
+    )
     served_model_name: str | None = knob(None, "name clients use for the model; default: from its file, folder or id")
     max_body_bytes: int = knob(32 * 2**20, "largest request body accepted, in bytes", low=1024)
     max_header_bytes: int = knob(32 * 2**10, "largest request line and headers accepted, in bytes", low=1024)
@@ -78,6 +82,17 @@ class ServerConfig:
                 "--api-key-file, listen on 127.0.0.1, or pass --insecure to serve everybody who can connect",
             )
         return Keys(clients, admin)
+
+    def host_names(self) -> frozenset[str] | None:
+        """The names in a ``Host`` header that are this server's, in lower case; None where any is. Addresses are always.
+
+        Beyond loopback a browser can do no more than anyone else who reaches the server, so there the default is any.
+        """
+        own = {"localhost", self.host.lower()}
+        if self.allowed_hosts is None:
+            return frozenset(own) if _is_loopback(self.host) else None
+        given = {name.strip().lower().removesuffix(".") for name in self.allowed_hosts.split(",")}
+        return None if "*" in given else frozenset(own | given - {""})
 
 
 def _is_loopback(host: str) -> bool:

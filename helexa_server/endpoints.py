@@ -349,7 +349,8 @@ async def version(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     """Prometheus' metrics of the server and its models."""
     state = request.app.state
-    text = metrics.render(((model, state.metrics[model.id]) for model in state.models), state.rejected)
+    counted = ((model, state.metrics[model.id]) for model in state.models)
+    text = metrics.render(counted, state.rejected, state.energy.joules())
     return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
 
 

@@ -55,6 +55,12 @@ class PermissionDenied(HelexaError):
     code = "permission_denied"
 
 
+class HostNotAllowed(HelexaError):
+    """The request names another host than this server."""
+
+    code = "host_not_allowed"
+
+
 class RequestNotFound(HelexaError):
     """No request that runs has this name, or none of this client's."""
 
@@ -127,6 +133,7 @@ STATUS: dict[type[HelexaError], int] = {
     NotHttp: 400,
     InvalidApiKey: 401,
     PermissionDenied: 403,
+    HostNotAllowed: 403,
     ModelNotFound: 404,
     RouteNotFound: 404,
     RequestNotFound: 404,

@@ -72,12 +72,19 @@ class ModelMetrics:
             self.time_per_output_token.observe(timings.decode_seconds / (tokens - 1))
 
 
-def render(models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping[str, int]) -> str:
-    """All metrics of all models; those of a model's engine once it is loaded. ``rejected`` counts by code what reached no model."""
+def render(
+    models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping[str, int], joules: Mapping[str, float]
+) -> str:
+    """All metrics of all models; those of a model's engine once it is loaded.
+
+    ``rejected`` counts by code what reached no model; ``joules`` is what processors have taken, where that can be read.
+    """
     text = _Text()
     text.sample("helexa_info", "gauge", f'version="{_escape(__version__)}"', 1)
     for code, count in rejected.items():
         text.sample("helexa_rejected_requests_total", "counter", f'code="{code}"', count)
+    for zone, taken in joules.items():
+        text.sample("helexa_joules_total", "counter", f'zone="{_escape(zone)}"', taken)
     for model, metrics in models:
         label = f'model_name="{_escape(model.id)}"'
         text.histogram("vllm:time_to_first_token_seconds", label, metrics.time_to_first_token)

@@ -252,6 +252,10 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         (ROUTES_FILE, "test_a_file_of_keys_and_an_admin_key"),
     ],
     "CORS for localhost": [(ROUTES_FILE, "test_local_pages_may_ask"), (ROUTES_FILE, "test_other_pages_may_not")],
+    "A loopback server answers to its own names": [
+        (ROUTES_FILE, "test_a_page_of_another_name_is_refused"),
+        (ROUTES_FILE, "test_names_behind_a_proxy_are_configured"),
+    ],
     "Bodies and headers have a limit": [
         (APP, "test_every_error_is_the_envelope"),
         (ROUTES_FILE, "test_headers_have_a_limit"),

@@ -24,6 +24,7 @@ from helexa_engine.events import ContentDelta, Event
 from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_engine.version import __version__
 from helexa_server import devices, endpoints
+from helexa_server.config import ServerConfig
 
 from .answer_scripts import PROMPT, answer, finished, words
 from .live import Live, Serve, wait_until
@@ -272,7 +273,7 @@ def test_headers_have_a_limit(serve: Serve) -> None:
     live = serve(FakeEngine(answer()), max_header_bytes=2000)
     with live.http() as http_client:
         assert http_client.get("/health", headers={"x-pad": "x" * 1000}).status_code == 200
-    status, body = raw(live, b"GET /health HTTP/1.1\r\nhost: x\r\nx-pad: " + b"x" * 3000)
+    status, body = raw(live, b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-pad: " + b"x" * 3000)
     assert (status, body["error"]["code"]) == (431, "headers_too_large")
     status, body = raw(live, b"GET /" + b"x" * 3000)
     assert (status, body["error"]["code"]) == (431, "headers_too_large")
@@ -308,7 +309,7 @@ def test_a_client_that_reads_nothing_is_bounded_and_then_left(serve: Serve, capl
     engine = FakeEngine(endless)  # type: ignore[arg-type]
     live = serve(engine, stall_seconds=0.4)
     body = json.dumps({**ASK, "stream": True}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
         connection.sendall(head.encode() + body)
@@ -392,3 +393,63 @@ def devices_of(reason: str) -> Any:
 def test_a_host_without_a_driver_says_so() -> None:
     with pytest.raises(devices.NoDriver, match="libnothing.so.1"):
         devices._nvidia("libnothing.so.1")
+
+
+# -- Names of the server
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8080", 200),
+        ("LOCALHOST.", 200),
+        ("helexa.localhost:80", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8080", 200),
+        ("192.168.1.4:8080", 200),
+        ("evil.example", 403),
+        ("evil.example:8080", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost.evil.example", 403),
+        ("evillocalhost", 403),
+    ],
+)
+def test_a_page_of_another_name_is_refused(serve: Serve, host: str, status: int) -> None:
+    """DNS rebinding: a site whose name resolves to this machine; on every route, in the wire's own envelope."""
+    with serve(FakeEngine(answer())).http(headers={"host": host}) as http_client:
+        for path in ("/health", "/", "/v1/models"):
+            got = http_client.get(path)
+            assert got.status_code == status
+        got = http_client.post("/v1/messages", json={**ASK, "max_tokens": 9})
+        assert got.status_code == status
+        if status == 403:
+            assert got.json()["type"] == "error" and got.json()["error"]["type"] == "permission_error"
+            assert_envelope(http_client.post(CHAT, json=ASK), 403, "host_not_allowed")
+            assert "--allowed-hosts" in http_client.post(CHAT, json=ASK).text
+
+
+def test_names_behind_a_proxy_are_configured(serve: Serve) -> None:
+    engine = FakeEngine(answer())
+    for allowed, host, status in (
+        ("llm.example, other.example", "llm.example", 200),
+        ("llm.example, Other.example", "other.EXAMPLE:443", 200),
+        ("llm.example", "localhost", 200),
+        ("llm.example", "evil.example", 403),
+        ("*", "evil.example", 200),
+    ):
+        with serve(engine, allowed_hosts=allowed).http(headers={"host": host}) as http_client:
+            assert http_client.get("/health").status_code == status
+
+
+def test_beyond_loopback_any_name_will_do() -> None:
+    """Who listens there is called by names that the server cannot know, and asks for a key."""
+    assert ServerConfig(host="0.0.0.0").host_names() is None
+    assert ServerConfig(host="0.0.0.0", allowed_hosts="box.lan").host_names() == {"box.lan", "0.0.0.0", "localhost"}
+    assert ServerConfig(host="127.8.8.8").host_names() == {"127.8.8.8", "localhost"}
+
+
+def test_without_a_host_there_is_no_browser(serve: Serve) -> None:
+    live = serve(FakeEngine(answer()))
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert b" 200 OK" in connection.recv(4096)
