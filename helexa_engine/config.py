@@ -65,6 +65,11 @@ class EngineConfig:
     max_num_batched_tokens: int = knob(
         512, "most tokens in one step; longer prompts are computed in chunks", low=16, high=65536
     )
+    max_step_seconds: float = knob(
+        0.5,
+        "how long a running answer may wait for its next token while prompts are computed; a step has 64 of their tokens at least",
+        low=0.001,
+    )
     memory_fraction: float = knob(0.9, "share of free memory that weights and KV pages may take", low=0.05, high=1.0)
     prefix_cache: bool = knob(True, "reuse what is computed of a prompt for others that begin with the same tokens")
     state_snapshots: int = knob(

@@ -10,6 +10,9 @@ from typing import Any
 from .errors import InvalidRequest
 from .sampling_params import SamplingParams
 
+#: Priorities lie in minus this to this: what a client may send fits any integer it crosses.
+MAX_PRIORITY = 2**31 - 1
+
 
 def new_request_id() -> str:
     return uuid.uuid4().hex
@@ -30,6 +33,9 @@ class GenerateRequest:
         echo: repeat the prompt's text ahead of the answer (completions wire).
         sampling_params: unset fields take the model's defaults.
         request_id: echoed in events and logs.
+        priority: lower is earlier; the order among requests that wait, and who gives way when memory is short.
+        owner: who asks; requests of several owners share the engine evenly.
+        max_queue_seconds: how long the request may wait for its turn; then it fails with :class:`Overloaded`. None: for ever.
     """
 
     prompt: str | Sequence[int] | None = None
@@ -42,12 +48,19 @@ class GenerateRequest:
     echo: bool = False
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = field(default_factory=new_request_id)
+    priority: int = 0
+    owner: str | None = None
+    max_queue_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("prompt", "expected exactly one of prompt and messages")
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages", "expected at least one message, got none")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int) or abs(self.priority) > MAX_PRIORITY:
+            raise InvalidRequest(
+                "priority", f"expected an integer in [{-MAX_PRIORITY}, {MAX_PRIORITY}], got {self.priority!r:.80}"
+            )
         if self.prompt is not None and not isinstance(self.prompt, str):
             for i, token_id in enumerate(self.prompt):
                 if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:

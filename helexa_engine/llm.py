@@ -66,6 +66,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 512,
+        max_step_seconds: float = 0.5,
         memory_fraction: float = 0.9,
         prefix_cache: bool = True,
         state_snapshots: int = 32,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ContextLengthExceeded, HelexaError, InvalidRequest
+from ..errors import ContextLengthExceeded, HelexaError, InvalidRequest, Overloaded
 from ..events import Timings
 from ..sampling_params import SamplingParams
 from .memory import LOGITS_ROWS
@@ -36,6 +37,9 @@ class EngineRequest:
             one there, so a snapshot of recurrent states is kept before it.
         on_prompt_logits: called with (position, logits [rows, vocab_size]) for consecutive rows of the prompt; the array is
             valid during the call only.
+        priority: lower is earlier.
+        owner: who asked; owners share the engine evenly.
+        max_queue_seconds: how long it may wait for its first seat; then it fails with :class:`Overloaded`. None: for ever.
     """
 
     request_id: str
@@ -45,6 +49,9 @@ class EngineRequest:
     make_grammar: Callable[[], Grammar] | None = None
     on_prompt_logits: Callable[[int, Logits], None] | None = None
     last_message_start: int | None = None
+    priority: int = 0
+    owner: str | None = None
+    max_queue_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,9 @@ class EngineStats:
         kv_pages_cached: the latter.
         prefix_cache_queries_total, prefix_cache_hits_total: prompt tokens looked up in the prefix cache, and those found.
         snapshots_used, snapshots_total: slots for snapshots of recurrent states.
+        num_waiting_tokens: tokens that those without a seat have to compute, if nothing of them is cached.
+        answers_total: answers that came to their end.
+        prompt_tokens_per_second, decode_tokens_per_second: measured lately, the latter of all sequences together; 0 before that.
     """
 
     num_running: int
@@ -98,11 +108,24 @@ class EngineStats:
     prefix_cache_hits_total: int = 0
     snapshots_used: int = 0
     snapshots_total: int = 0
+    num_waiting_tokens: int = 0
+    answers_total: int = 0
+    prompt_tokens_per_second: float = 0.0
+    decode_tokens_per_second: float = 0.0
 
     @property
     def kv_cache_usage(self) -> float:
         """Share of the KV pages in use by running sequences, 0 to 1."""
         return self.kv_pages_used / self.kv_pages_total
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """How long those that wait now will take: their prompts and answers of the usual length, at the measured rates. None before
+        an answer was measured."""
+        if not (self.answers_total and self.prompt_tokens_per_second and self.decode_tokens_per_second):
+            return None
+        answers = self.num_waiting * self.generation_tokens_total / self.answers_total
+        return self.num_waiting_tokens / self.prompt_tokens_per_second + answers / self.decode_tokens_per_second
 
 
 @dataclass(slots=True, eq=False)
@@ -149,9 +172,13 @@ class Engine:
         self._seed = secrets.randbits(63) if seed is None else seed
         self._requests: dict[str, list[_Answer]] = {}
         self._answers: dict[Sequence, _Answer] = {}
+        self._deadlines: list[
+            tuple[float, int, str]
+        ] = []  # a heap of (time, serial, request) of those that may not wait for ever
         self._num_requests = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._finished_answers = 0
         self._steps = 0
 
     @property
@@ -196,6 +223,8 @@ class Engine:
                 token_ids=list(prompt),
                 num_prompt_tokens=len(prompt),
                 max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                priority=request.priority,
+                owner=request.owner,
                 queued_at=self._clock(),
             )
             sampler = Sampler(
@@ -215,6 +244,10 @@ class Engine:
         for answer in answers:
             self._answers[answer.sequence] = answer
             self.scheduler.add(answer.sequence, request.last_message_start)
+        if request.max_queue_seconds is not None:
+            first = answers[0].sequence
+            deadline = first.queued_at + request.max_queue_seconds
+            heapq.heappush(self._deadlines, (deadline, first.serial, request.request_id))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one of its answers, in whatever phase it is, and frees its pages. Unknown ids are no error."""
@@ -234,12 +267,13 @@ class Engine:
 
         Raises whatever the model raises: then no further step is possible. A failure to *sample* is the request's own.
         """
-        chunks = self.scheduler.schedule(self._clock())
+        started = self._clock()
+        chunks = self.scheduler.schedule(started)
+        outputs = self._end_overdue(started)
         if not chunks:
-            return []
+            return outputs
         hidden = self.runner.forward(chunks)
         self._steps += 1
-        outputs: list[StepOutput] = []
         sampling: list[tuple[_Answer, int]] = []
         first = 0
         for chunk in chunks:
@@ -267,6 +301,8 @@ class Engine:
             for (answer, _), row in zip(sampling, logits, strict=True):
                 if answer.sequence in self._answers:  # its request may have failed just now
                     outputs.append(self._sample(answer, row))
+        num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
+        self.scheduler.pace.observe(first - num_decodes, num_decodes, self._clock() - started)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -275,7 +311,7 @@ class Engine:
         snapshots = None if prefixes is None else prefixes.snapshots
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=self.scheduler.num_waiting,
             kv_pages_used=self.scheduler.pool.num_used,
             kv_pages_total=self.scheduler.pool.num_pages,
             prompt_tokens_total=self._prompt_tokens,
@@ -287,6 +323,10 @@ class Engine:
             prefix_cache_hits_total=self.scheduler.num_prefix_hits,
             snapshots_used=0 if snapshots is None else snapshots.num_used,
             snapshots_total=0 if snapshots is None else snapshots.num_slots,
+            num_waiting_tokens=self.scheduler.num_waiting_tokens,
+            answers_total=self._finished_answers,
+            prompt_tokens_per_second=self.scheduler.pace.prompt_tokens_per_second,
+            decode_tokens_per_second=self.scheduler.pace.decode_tokens_per_second,
         )
 
     def close(self) -> None:
@@ -314,6 +354,7 @@ class Engine:
         elif sequence.num_output_tokens >= sequence.max_tokens:
             finish_reason = "length"
         if finish_reason:
+            self._finished_answers += 1
             self._drop(answer)
         return StepOutput(
             request_id=sequence.request_id,
@@ -326,6 +367,22 @@ class Engine:
             cached_tokens=sequence.num_cached_tokens,
             timings=sequence.timings(),
         )
+
+    def _end_overdue(self, now: float) -> list[StepOutput]:
+        """Fails the requests that got no seat in the time they may wait."""
+        outputs: list[StepOutput] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, serial, request_id = heapq.heappop(self._deadlines)
+            first = next(iter(self._requests.get(request_id, ())), None)
+            if first is None or first.sequence.serial != serial or first.sequence.scheduled_at:
+                continue  # it has ended, or its first answer has had a seat
+            stats, limit = self.stats(), first.request.max_queue_seconds
+            message = (
+                f"no place came free within {limit:g} seconds (max_queue_seconds): {stats.num_running} answers run and "
+                f"{stats.num_waiting} wait; try again later"
+            )
+            outputs.append(self._fail(first, Overloaded(message, stats.queue_seconds or limit or 1.0)))
+        return outputs
 
     def _score_prompt(self, answer: _Answer, chunk: Chunk, hidden: torch.Tensor) -> None:
         """Logits at the chunk's prompt positions, and log probabilities of the prompt tokens that they predict."""

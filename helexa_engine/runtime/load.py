@@ -85,7 +85,7 @@ class LoadedModel:
             InvalidRequest, TemplateRenderFailed: see :meth:`RequestProcessor.prepare`.
         """
         prepared = self._processor.prepare(request)
-        return engine_request(request.request_id, prepared), RequestEvents(self._processor, prepared)
+        return engine_request(request, prepared), RequestEvents(self._processor, prepared)
 
     def encode_chat(self, request: GenerateRequest) -> list[int]:
         """Token ids of the request's messages as the model would get them. Raises what :meth:`prepare` raises for them."""
@@ -190,6 +190,7 @@ def build_engine(
         page_size=PAGE_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_step_seconds=config.max_step_seconds,
         states=StatePool(config.max_num_seqs) if has_states else None,
         prefixes=prefixes,
         snapshot_interval=config.snapshot_interval,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..events import Event, PromptProcessed, TokenLogprob
+from ..generate_request import GenerateRequest
 from ..text.request_processor import OutputProcessor, PreparedRequest, RequestProcessor
 from .engine import EngineRequest, StepOutput
 from .sampler import Logprobs
@@ -44,13 +45,16 @@ class RequestEvents:
         return self._processor.token_logprob(entry.token_id, entry.logprob, entry.top)
 
 
-def engine_request(request_id: str, prepared: PreparedRequest) -> EngineRequest:
+def engine_request(request: GenerateRequest, prepared: PreparedRequest) -> EngineRequest:
     """What the engine needs of a prepared request."""
     return EngineRequest(
-        request_id,
+        request.request_id,
         prepared.prompt_token_ids,
         prepared.params,
         prepared.eos_token_ids,
         prepared.make_grammar,
         last_message_start=prepared.last_message_start,
+        priority=request.priority,
+        owner=request.owner,
+        max_queue_seconds=request.max_queue_seconds,
     )

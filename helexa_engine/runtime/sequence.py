@@ -24,6 +24,10 @@ class Sequence:
         token_ids: prompt, then output.
         num_prompt_tokens: how many of them are the prompt.
         max_tokens: most output tokens, already cut to the context.
+        priority: lower is earlier.
+        owner: who asked; sequences of several owners share the engine evenly.
+        serial: its place in the order of arrival, given by the scheduler.
+        num_preemptions: how often it had to give its pages back.
         num_computed_tokens: tokens whose keys and values are in ``pages``; 0 again after a preemption.
         num_cached_tokens: prompt tokens it did not have to compute, because another sequence had.
         pages: KV pages in order, int32.
@@ -41,6 +45,10 @@ class Sequence:
     token_ids: list[int]
     num_prompt_tokens: int
     max_tokens: int
+    priority: int = 0
+    owner: str | None = None
+    serial: int = -1
+    num_preemptions: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed_tokens: int = 0
     pages: array[int] = field(default_factory=lambda: array("i"))

@@ -68,7 +68,7 @@ def test_its_settings_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -
         "quant_cache_limit": "1GiB",
     }
     settings |= {"kv_dtype": "float32", "max_model_len": 7, "max_num_seqs": 3, "max_num_batched_tokens": 99}
-    settings |= {"memory_fraction": 0.5, "seed": 11, "num_threads": 2}
+    settings |= {"max_step_seconds": 0.25, "memory_fraction": 0.5, "seed": 11, "num_threads": 2}
     settings |= {"prefix_cache": False, "state_snapshots": 5, "snapshot_interval": 128}
     LLM("somewhere", **settings)
     assert loaded == [("somewhere", EngineConfig(**settings), None)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helexa_engine.errors import ContextLengthExceeded, InvalidRequest
+from helexa_engine.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from helexa_engine.runtime.engine import Engine, EngineRequest, StepOutput
 from helexa_engine.runtime.sampler import SamplingFailed
 from helexa_engine.sampling_params import SamplingParams
@@ -236,6 +237,84 @@ def test_timings_and_stats() -> None:
     )
     stats = engine.stats()
     assert (stats.prompt_tokens_total, stats.generation_tokens_total, stats.kv_cache_usage) == (70, 8, 0.0)
+
+
+class Clock:
+    """Seconds that go on by one a look."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def waiting_request(name: str, seconds: float | None, **fields: Any) -> EngineRequest:
+    return replace(request(name, prompt_of(10), max_tokens=40, **fields), max_queue_seconds=seconds)
+
+
+def test_a_request_that_gets_no_seat_in_time_fails_and_the_others_go_on() -> None:
+    engine = toy_engine(max_num_seqs=2)
+    engine._clock = Clock()
+    outputs = run(
+        engine,
+        waiting_request("seated", 5.0, n=2),
+        waiting_request("overdue", 20.0, n=2),
+        waiting_request("patient", 10_000.0),
+        waiting_request("for ever", None),
+        waiting_request("overdue too", 21.0),
+    )
+    for name in ("overdue", "overdue too"):
+        (output,) = outputs[name, 0]
+        error = output.error
+        assert isinstance(error, Overloaded) and error.retry_after_seconds > 0
+        assert "no place came free within 2" in error.message and "2 answers run" in error.message
+    assert ("overdue", 1) not in outputs, "a request fails once"
+    for key in (("seated", 0), ("seated", 1), ("patient", 0), ("for ever", 0)):
+        assert len(outputs[key]) == 40
+    assert engine._deadlines[0][2] == "patient", "known until its time is over, by its name alone"
+
+
+def test_who_waits_for_a_seat_again_is_not_overdue() -> None:
+    """A preempted one has begun to answer; another with the id of one that has ended is not that one."""
+    engine = toy_engine(num_pages=4, max_num_seqs=3)
+    engine._clock = Clock()
+    run(engine, replace(waiting_request("b", 500.0), params=request("b", [1], max_tokens=1).params))
+    outputs = run(
+        engine,
+        *(replace(request(name, prompt_of(60), max_tokens=80), max_queue_seconds=30.0) for name in "a"),
+        replace(request("b", prompt_of(60), max_tokens=80)),
+        replace(request("c", prompt_of(60), max_tokens=80), max_queue_seconds=30.0),
+    )
+    assert engine.stats().preemptions_total > 0
+    assert all(len(outputs[name, 0]) == 80 for name in "abc")
+
+
+def test_the_queue_is_told_in_seconds_at_measured_rates() -> None:
+    engine = toy_engine(max_num_seqs=1)
+    engine._clock = Clock()
+    assert engine.stats().queue_seconds is None
+    run(engine, request("a", prompt_of(70)))
+    for i in range(4):
+        engine.add_request(request(str(i), prompt_of(50, i), max_tokens=10))
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_waiting, stats.num_waiting_tokens, stats.answers_total) == (3, 150, 1)
+    assert stats.prompt_tokens_per_second > 0 and stats.decode_tokens_per_second > 0
+    mean_answer = 9 / 1  # the eight of the first, and one that is under way
+    expected = 150 / stats.prompt_tokens_per_second + 3 * mean_answer / stats.decode_tokens_per_second
+    assert stats.queue_seconds == pytest.approx(expected)
+
+
+def test_an_urgent_request_is_answered_first() -> None:
+    engine = toy_engine(max_num_seqs=1)
+    requests = [replace(request(str(i), prompt_of(10, i)), priority=-i) for i in range(3)]
+    outputs = run(engine, request("first", [1, 2]), *requests)
+    firsts = {name: i for i, (name, _) in enumerate(outputs)}
+    assert sorted(firsts, key=firsts.__getitem__) == ["2", "1", "first", "0"]
+    for r in requests:
+        assert tokens(toy_engine(), r) == [o.token_id for o in outputs[r.request_id, 0]]
 
 
 @settings(max_examples=25, deadline=None)

@@ -6,6 +6,8 @@ depend on what is computed beside them; the plain PyTorch twins only promise flo
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from helexa_engine import LLM, GenerationResult, SamplingParams
+from helexa_engine import LLM, AsyncEngine, GenerationResult, SamplingParams
+from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import mixes, types
 from helexa_engine.runtime import model_runner
@@ -152,6 +155,78 @@ def test_prefix_hit_equals_cold_run(llm: LLM, model: Path, length: int) -> None:
     assert (hit.token_ids, hit_onward.token_ids) == (cold.token_ids, cold_onward.token_ids)
     for rows in (first, got):
         assert_close(torch.stack(rows), torch.stack(expected[: len(rows)]), atol=TOLERANCE, what="logits")
+
+
+@contextmanager
+def logits_by_request(llm: LLM) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """The rows of logits that the first answer of each request is sampled from meanwhile."""
+    engine, rows = llm._loaded.thread._engine, dict[str, list[torch.Tensor]]()
+    sample = engine._sample
+
+    def record(answer: Any, logits: Any) -> Any:
+        rows.setdefault(answer.sequence.request_id, []).append(torch.from_numpy(logits.copy()))
+        return sample(answer, logits)
+
+    engine._sample = record  # type: ignore[method-assign]
+    try:
+        yield rows
+    finally:
+        del engine._sample  # type: ignore[method-assign]
+
+
+@contextmanager
+def budgets_that_change(llm: LLM, seed: int) -> Iterator[None]:
+    """Each step may hold another number of tokens."""
+    scheduler, generator = llm._loaded.thread._engine.scheduler, random.Random(seed)
+    most, schedule = scheduler.max_num_batched_tokens, scheduler.schedule
+
+    def with_another_budget(now: float) -> Any:
+        scheduler.max_num_batched_tokens = generator.randrange(64 + scheduler.max_num_seqs - 1, most + 1)
+        return schedule(now)
+
+    scheduler.schedule = with_another_budget  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del scheduler.schedule  # type: ignore[method-assign]
+        scheduler.max_num_batched_tokens = most
+
+
+def test_any_schedule_gives_the_same_logits(llm: LLM, model: Path) -> None:
+    """Alone; then together, in chunks that change from step to step, with priorities and owners; then again after prefix hits."""
+    lengths = (1, 63, 64, 65, 130, 200, 321, 400)
+    trunk = prompt(450)
+    requests = [
+        GenerateRequest(
+            prompt=trunk[:length] if i % 2 else prompt(length),
+            sampling_params=params(max_tokens=6 + i, logprobs=None, seed=i),
+            request_id=str(i),
+            priority=i % 3 - 1,
+            owner="ab"[i % 2],
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+    async def ask(loaded: LLM, requests: list[GenerateRequest]) -> None:
+        async def drain(request: GenerateRequest) -> None:
+            async for _ in AsyncEngine.of(loaded._loaded).generate(request):
+                pass
+
+        await asyncio.gather(*map(drain, requests))
+
+    settings: dict[str, Any] = {"kv_dtype": KV_DTYPE, "max_model_len": 512}
+    with LLM(model, **settings, prefix_cache=False) as never, logits_by_request(never) as alone:
+        for request in requests:
+            asyncio.run(ask(never, [request]))
+    with LLM(model, **settings, max_num_seqs=5, max_num_batched_tokens=260) as scheduled:
+        for seed in range(3):
+            with logits_by_request(scheduled) as together, budgets_that_change(scheduled, seed):
+                asyncio.run(ask(scheduled, requests[:: 1 if seed % 2 else -1]))
+            assert together.keys() == alone.keys()
+            for name, rows in together.items():
+                assert_close(torch.stack(rows), torch.stack(alone[name]), atol=TOLERANCE, what=f"logits of {name}")
+        stats = scheduled.stats()
+        assert stats.prefix_cache_hits_total > 400 and stats.kv_pages_used == 0
 
 
 def test_abort_frees_every_page_and_slot(llm: LLM) -> None:

@@ -31,10 +31,18 @@ def make_engine(states: bool, *, cached: bool = True, poisoned: int = -1, **chan
     return toy_engine(model, **(arguments | changes))
 
 
-def request(name: str, prompt: Sequence[int], last: int | None = None, **fields: Any) -> EngineRequest:
+def request(
+    name: str,
+    prompt: Sequence[int],
+    last: int | None = None,
+    *,
+    priority: int = 0,
+    owner: str | None = None,
+    **fields: Any,
+) -> EngineRequest:
     fields = {"temperature": 1.0, "seed": 3, "max_tokens": 12, "logprobs": 2} | fields
     params = SamplingParams(**fields).with_defaults({})
-    return EngineRequest(name, tuple(prompt), params, last_message_start=last)
+    return EngineRequest(name, tuple(prompt), params, last_message_start=last, priority=priority, owner=owner)
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -239,6 +247,22 @@ def test_a_preempted_sequence_resumes_from_the_cache(states: bool) -> None:
         assert cached_tokens(got, r.request_id) == 0, "its own tokens are no saving"
 
 
+@both_kinds
+@pytest.mark.parametrize("length", [4 * PAGE - 1, 4 * PAGE, 4 * PAGE + 1])
+def test_a_preempted_sequence_resumes_right_behind_its_prompt(states: bool, length: int) -> None:
+    """Where the prompt ends at a page's end, all of it is cached, and what is computed first is a generated token."""
+    r, undisturbed = request("a", tokens(length), max_tokens=10), make_engine(states, cached=False)
+    expected = answer(run(undisturbed, r), "a")
+    engine = make_engine(states)
+    engine.add_request(r)
+    outputs: list[StepOutput] = []
+    while len(outputs) < 5:
+        outputs += engine.step()
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    outputs += run(engine)["a", 0]
+    assert [(o.token_id, o.logprobs) for o in outputs] == expected
+
+
 def test_a_preempted_sequence_computes_only_what_was_evicted() -> None:
     engine = make_engine(False, num_pages=12)
     engine.add_request(request("old", tokens(30, 1), max_tokens=60))
@@ -307,7 +331,7 @@ def test_a_long_prompt_leaves_a_snapshot_every_interval() -> None:
     assert prefixes is not None and sorted(node.depth * PAGE for node in prefixes._with_snapshot) == ends[:-1]
 
 
-Arrival = tuple[int, int, int, int, int, int, int | None]
+Arrival = tuple[int, int, int, int, int, int, int | None, int, str | None]
 
 
 @settings(max_examples=120, deadline=None)
@@ -315,7 +339,7 @@ Arrival = tuple[int, int, int, int, int, int, int | None]
     states=st.booleans(),
     num_pages=st.integers(4, 14),
     seqs=st.integers(1, 4),
-    budget=st.integers(PAGE + 3, 40),
+    budgets=st.lists(st.integers(PAGE + 3, 40), min_size=1, max_size=4),
     num_snapshots=st.integers(1, 4),
     arrivals=st.lists(
         st.tuples(
@@ -326,32 +350,38 @@ Arrival = tuple[int, int, int, int, int, int, int | None]
             st.integers(1, 20),  # tokens of answer
             st.integers(1, 2),  # answers
             st.none() | st.integers(0, 25),  # step of an abort
+            st.integers(-1, 1),  # priority
+            st.sampled_from([None, "a", "b"]),  # owner
         ),
         min_size=2,
         max_size=7,
     ),
 )
 def test_random_arrivals_branches_aborts_and_evictions_change_no_answer(
-    states: bool, num_pages: int, seqs: int, budget: int, num_snapshots: int, arrivals: list[Arrival]
+    states: bool, num_pages: int, seqs: int, budgets: list[int], num_snapshots: int, arrivals: list[Arrival]
 ) -> None:
     """Against an engine that computes each request alone and keeps nothing. Requests branch from a few trunks anywhere; every third
-    goes on from the first answer to the one before it, if that has ended."""
+    goes on from the first answer to the one before it, if that has ended. Budgets, and with them chunks, change from step to step."""
     engine = make_engine(
-        states, num_pages=num_pages, max_num_seqs=seqs, max_num_batched_tokens=budget, num_snapshots=num_snapshots
+        states, num_pages=num_pages, max_num_seqs=seqs, max_num_batched_tokens=max(budgets), num_snapshots=num_snapshots
     )
     capacity = num_pages * PAGE
     sent: dict[str, EngineRequest] = {}
     outputs: Outputs = {}
     last_arrival, step = max(arrival for arrival, *_ in arrivals), 0
     while engine.has_work or step <= last_arrival:
-        for i, (arrival, trunk, shared, own, length, n, abort) in enumerate(arrivals):
+        engine.scheduler.max_num_batched_tokens = budgets[step % len(budgets)]
+        for i, (arrival, trunk, shared, own, length, n, abort, priority, owner) in enumerate(arrivals):
             if arrival == step:
                 prompt = tokens(60, 100 + trunk)[:shared]
                 if i % 3 == 2 and str(i - 1) in sent:
                     said = [o.token_id for o in outputs.get((str(i - 1), 0), ()) if o.token_id is not None]
                     prompt = [*sent[str(i - 1)].prompt_token_ids, *said]
                 prompt = (prompt + tokens(own, i))[: capacity - 1]
-                sent[str(i)] = request(str(i), prompt, max(0, len(prompt) - own), max_tokens=length, n=n, seed=i)
+                last = max(0, len(prompt) - own)
+                sent[str(i)] = request(
+                    str(i), prompt, last, max_tokens=length, n=n, seed=i, priority=priority, owner=owner
+                )
                 engine.add_request(sent[str(i)])
             elif abort is not None and step == max(abort, arrival + 1):
                 engine.abort(str(i))
@@ -362,7 +392,7 @@ def test_random_arrivals_branches_aborts_and_evictions_change_no_answer(
         step += 1
         assert step < 3000, "a request never ends"
     assert engine.scheduler.pool.num_used == 0 and not engine._answers and not engine._requests
-    for i, (*_, n, abort) in enumerate(arrivals):
+    for i, (*_, n, abort, _, _) in enumerate(arrivals):
         alone = make_engine(states, cached=False, num_pages=num_pages, max_num_seqs=1, max_num_batched_tokens=1024)
         naive = run(alone, sent[str(i)])
         for index in range(n):
