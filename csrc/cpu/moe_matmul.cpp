@@ -18,7 +18,6 @@ namespace {
 constexpr const char* kName = "moe_matmul";
 constexpr int64_t kSliceRows = 512;  // tokens computed together: bounds the memory, and feeds each expert enough rows
 constexpr int64_t kRouterRows = 64;
-constexpr bool kExact = true;  // rounding here decides which experts the next layer's tokens go to
 
 struct MoeThreadScratch {
   ThreadScratch sums;
@@ -126,7 +125,8 @@ class Slice {
     const int64_t chunks = chunks_of(cols_);
     auto* int8 = needs_.int8 ? s_.int8.get<ActivationChunk>(chunks * rows_) : nullptr;
     auto* floats = s_.floats.get<FloatChunk>(chunks * rows_);
-    all_ = {int8, floats, cols_, rows_, rows_, kExact};
+    // Nothing is rounded for bfloat16 weights: that would decide which experts the next layer's tokens go to.
+    all_ = {int8, floats, nullptr, cols_, rows_, rows_};
     const Kernels& k = kernels();
     parallel_for(rows_, 4, [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
@@ -186,7 +186,8 @@ class Slice {
 
   void cut(const Experts& experts, int64_t member, int64_t first, int64_t count) {
     if (count == 0) return;
-    const int64_t most = pass_rows(count, cols_, !codes(*experts.gate) || !codes(*experts.up));
+    const bool floats = !codes(*experts.gate) || !codes(*experts.up);
+    const int64_t most = pass_rows(count, cols_, floats ? sizeof(FloatChunk) : sizeof(ActivationChunk));
     const int64_t chunks = chunks_of(experts.gate->rows());
     for (int64_t at = 0; at < count; at += most) {
       const int64_t rows = std::min(most, count - at);
@@ -222,7 +223,7 @@ class Slice {
             if (int8_out) int8_out[to] = all_.int8[from];
             if (floats_out) floats_out[to] = all_.floats[from];
           }
-        segment.in = {int8_out, floats_out, cols_, segment.rows, segment.rows, kExact};
+        segment.in = {int8_out, floats_out, nullptr, cols_, segment.rows, segment.rows};
       }
     });
   }
@@ -271,10 +272,10 @@ class Slice {
       const bool as_int8 = codes(matrix), pair = group + 1 < matrix.groups();
       const Pass pass{as_int8 ? int8 + segment.hidden_chunk : nullptr,
                       as_int8 ? nullptr : floats + segment.hidden_chunk,
+                      nullptr,
                       matrix.cols(),
                       segment.rows,
-                      segment.rows,
-                      kExact};
+                      segment.rows};
       const RowGroup a = row_group(matrix, group, segment.member, scratch.mapped_a);
       const RowGroup b = pair ? row_group(matrix, group + 1, segment.member, scratch.mapped_b) : RowGroup{};
       sums_of(pass, a, b, scratch.sums, sums);
@@ -305,7 +306,7 @@ class Slice {
   }
 
   static Pass part(const Pass& pass, int64_t first, int64_t rows) {
-    return {pass.int8 ? pass.int8 + first : nullptr, pass.floats + first, pass.cols, rows, pass.stride, pass.exact};
+    return {pass.int8 ? pass.int8 + first : nullptr, pass.floats + first, nullptr, pass.cols, rows, pass.stride};
   }
 
   template <class Groups>

@@ -22,11 +22,15 @@ struct ActivationChunk {
   float negative_total_16[2 * kChunkGroups];
 };
 
-// 256 activations for float weights, and the same rounded to bfloat16 (to nearest, ties to even) for bfloat16 weights:
-// products of two are exact in float32, and there are instructions for them. A last odd column has a zero beside it.
+// 256 activations for float weights.
 struct alignas(64) FloatChunk {
   float x[kChunk];
-  uint16_t rounded[kChunk];
+};
+
+// The same rounded to bfloat16 (to nearest, ties to even) for bfloat16 weights: products of two are exact in float32,
+// and there are instructions for them. A last odd column has a zero beside it.
+struct alignas(64) RoundedChunk {
+  uint16_t x[kChunk];
 };
 
 // 32 columns of 16 rows ready for the dot product: the scratch form of every code type in a matmul.
@@ -55,19 +59,25 @@ struct Kernels {
   // Normalises (norm_weight may be null) and quantises one row. Chunk i goes to out[i * chunk_stride].
   void (*quantize_row)(const float* x, int64_t cols, const float* norm_weight, float eps, ActivationChunk* out,
                        int64_t chunk_stride);
-  // The same without quantising.
+  // The same without quantising, and with rounding to bfloat16.
   void (*normalize_row)(const float* x, int64_t cols, const float* norm_weight, float eps, FloatChunk* out,
                         int64_t chunk_stride);
+  void (*round_row)(const float* x, int64_t cols, const float* norm_weight, float eps, RoundedChunk* out,
+                    int64_t chunk_stride);
   const CodeKernels* (*codes)(QuantType type);  // null unless packed_layout(type).storage is kCodes
   // `depth` columns of packed F16 or BF16 to float32 [depth][16]; of BF16 an even number is written.
   void (*widen)(QuantType type, const uint8_t* source, int depth, float* out);
   // sums += over `depth` columns of [depth][16] float weights and `rows` chunks at x.
   void (*float_tile)(const float* a, const float* b, int depth, const FloatChunk* x, int rows, float* sums);
-  // The same with packed bfloat16 weights, whose columns are in pairs, and rounded activations.
-  void (*bfloat16_tile)(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums);
-  // The whole width for rows <= 8, straight from packed F32, F16 or BF16 of one or two row groups.
+  // The same with packed bfloat16 weights, whose columns are in pairs, and rounded activations. `next` is what will be
+  // wanted next in the place of a and b: it is brought near while these are multiplied.
+  void (*bfloat16_tile)(const uint8_t* a, const uint8_t* b, const uint8_t* const* next, int depth,
+                        const RoundedChunk* x, int rows, float* sums);
+  // The whole width for rows <= 8, straight from packed F32 or F16, or from BF16, of one or two row groups.
   void (*float_matvec)(QuantType type, const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x,
                        int64_t chunk_stride, int rows, float* sums);
+  void (*bfloat16_matvec)(const uint8_t* a, const uint8_t* b, int64_t cols, const RoundedChunk* x, int64_t chunk_stride,
+                          int rows, float* sums);
   void (*silu_mul)(const float* gate, const float* up, float* out);  // 16 lanes
   double (*int8_rate_loop)(int64_t turns);                           // multiply-adds done (for the rate probes)
   double (*float_rate_loop)(int64_t turns);

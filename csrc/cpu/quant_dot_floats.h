@@ -4,7 +4,8 @@
 // A step multiplies what stands side by side in a packed group: a column of F32 or F16, a pair of columns of BF16.
 template <QuantType kType>
 struct FloatStep {
-  static constexpr int kColumns = kType == QuantType::BF16 ? 2 : 1;
+  using Chunk = FloatChunk;
+  static constexpr int kColumns = 1;
   static constexpr int kBytes = kType == QuantType::F16 ? 32 : 64;  // of 16 rows
   static F load(const uint8_t* w) {
     if constexpr (kType == QuantType::F16) return Lanes::load_half(w);
@@ -16,16 +17,18 @@ struct FloatStep {
 };
 template <>
 struct FloatStep<QuantType::BF16> {
+  using Chunk = RoundedChunk;
   static constexpr int kColumns = 2, kBytes = 64;
   static B load(const uint8_t* w) { return Lanes::load_bytes(w); }
-  static F multiply_add(const B& weights, const FloatChunk& x, int step, F total) {
-    return Lanes::dot_bfloat16(total, weights, Lanes::quad(reinterpret_cast<const int8_t*>(x.rounded + 2 * step)));
+  static F multiply_add(const B& weights, const RoundedChunk& x, int step, F total) {
+    return Lanes::dot_bfloat16(total, weights, Lanes::quad(reinterpret_cast<const int8_t*>(x.x + 2 * step)));
   }
 };
 
-// kSwapped: of each two steps the second first.
+// kSwapped: of each two steps the second first. `next`, unless null: as many bytes to fetch as a weight group has here.
 template <QuantType kType, int kGroups, int kRows, bool kSwapped = false>
-inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, float* sums) {
+inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth,
+                                const typename FloatStep<kType>::Chunk* x, float* sums, const uint8_t* next = nullptr) {
   using Step = FloatStep<kType>;
   F total[kRows][kGroups];
   for (int r = 0; r < kRows; ++r)
@@ -36,6 +39,7 @@ inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth, c
     const int k = kSwapped ? i ^ 1 : i;
     decltype(Step::load(a)) weight[kGroups];
     for (int n = 0; n < kGroups; ++n) weight[n] = Step::load(w[n] + k * Step::kBytes);
+    if (next) __builtin_prefetch(next + k * Step::kBytes, 0, 2);
 #pragma GCC unroll Lanes::kUnroll
     for (int r = 0; r < kRows; ++r)
       for (int n = 0; n < kGroups; ++n) total[r][n] = Step::multiply_add(weight[n], x[r], k, total[r][n]);
@@ -44,27 +48,30 @@ inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth, c
     for (int n = 0; n < kGroups; ++n) Lanes::store(sums + r * kSumStride + n * kLanes, total[r][n]);
 }
 
-template <QuantType kType, int kGroups>
-void float_tile_rows(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums) {
-  constexpr int kStep = Lanes::kFloatTileRows;
-  int r = 0;
-  for (; r + kStep <= rows; r += kStep)
-    float_register_tile<kType, kGroups, kStep>(a, b, depth, x + r, sums + r * kSumStride);
-  for (; r < rows; ++r) float_register_tile<kType, kGroups, 1>(a, b, depth, x + r, sums + r * kSumStride);
+// Rows kRows at a time, then those that are left in one go. The first `fetching` blocks fetch one of `next` each.
+template <QuantType kType, int kGroups, int kRows = Lanes::kFloatTileRows>
+void float_tile_rows(const uint8_t* a, const uint8_t* b, const uint8_t* const* next, int fetching, int depth,
+                     const typename FloatStep<kType>::Chunk* x, int rows, float* sums) {
+  for (; rows >= kRows; rows -= kRows, x += kRows, sums += kRows * kSumStride, --fetching)
+    float_register_tile<kType, kGroups, kRows>(a, b, depth, x, sums, fetching > 0 ? *next++ : nullptr);
+  if constexpr (kRows > 1) {
+    if (rows > 0) float_tile_rows<kType, kGroups, kRows - 1>(a, b, next, fetching, depth, x, rows, sums);
+  }
 }
 
 template <QuantType kType>
-void float_tile_of(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums) {
+void float_tile_of(const uint8_t* a, const uint8_t* b, const uint8_t* const* next, int depth,
+                   const typename FloatStep<kType>::Chunk* x, int rows, float* sums) {
   if (b) {
-    float_tile_rows<kType, 2>(a, b, depth, x, rows, sums);
+    float_tile_rows<kType, 2>(a, b, next, next ? 2 : 0, depth, x, rows, sums);
   } else {
-    float_tile_rows<kType, 1>(a, a, depth, x, rows, sums);
+    float_tile_rows<kType, 1>(a, a, next, next ? 1 : 0, depth, x, rows, sums);
   }
 }
 
 void float_tile(const float* a, const float* b, int depth, const FloatChunk* x, int rows, float* sums) {
-  float_tile_of<QuantType::F32>(reinterpret_cast<const uint8_t*>(a), reinterpret_cast<const uint8_t*>(b), depth, x,
-                                rows, sums);
+  float_tile_of<QuantType::F32>(reinterpret_cast<const uint8_t*>(a), reinterpret_cast<const uint8_t*>(b), nullptr,
+                                depth, x, rows, sums);
 }
 
 void widen(QuantType type, const uint8_t* source, int depth, float* out) {
@@ -81,7 +88,7 @@ void widen(QuantType type, const uint8_t* source, int depth, float* out) {
 // Without the instruction taking pairs apart costs as much as multiplying: it is done once here. Odd columns are added
 // first, which is the instruction's order.
 template <int kGroups>
-void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows,
+void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, int depth, const RoundedChunk* x, int rows,
                              float* sums) {
   constexpr int kStep = Lanes::kFloatTileRows;
   alignas(64) float weights[2][kChunk * kLanes];
@@ -94,7 +101,7 @@ void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, int depth, cons
   for (int r = 0; r < rows; r += kStep) {
     const int count = rows - r < kStep ? rows - r : kStep;
     for (int i = 0; i < count; ++i)
-      for (int k = 0; k < columns; ++k) rounded[i].x[k] = float_from_bfloat16(x[r + i].rounded[k]);
+      for (int k = 0; k < columns; ++k) rounded[i].x[k] = float_from_bfloat16(x[r + i].x[k]);
     float* out = sums + r * kSumStride;
     if (count == kStep) {
       float_register_tile<QuantType::F32, kGroups, kStep, true>(w0, w1, columns, rounded, out);
@@ -105,17 +112,18 @@ void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, int depth, cons
   }
 }
 
-void bfloat16_tile(const uint8_t* a, const uint8_t* b, int depth, const FloatChunk* x, int rows, float* sums) {
+void bfloat16_tile(const uint8_t* a, const uint8_t* b, const uint8_t* const* next, int depth, const RoundedChunk* x,
+                   int rows, float* sums) {
   if constexpr (Lanes::kMultipliesBfloat16) {
-    float_tile_of<QuantType::BF16>(a, b, depth, x, rows, sums);
+    float_tile_of<QuantType::BF16>(a, b, next, depth, x, rows, sums);
   } else {
     b ? bfloat16_tile_as_floats<2>(a, b, depth, x, rows, sums) : bfloat16_tile_as_floats<1>(a, a, depth, x, rows, sums);
   }
 }
 
 template <QuantType kType, int kGroups, int kRows>
-void float_matvec_rows(const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x, int64_t chunk_stride,
-                       float* sums) {
+void float_matvec_rows(const uint8_t* a, const uint8_t* b, int64_t cols, const typename FloatStep<kType>::Chunk* x,
+                       int64_t chunk_stride, float* sums) {
   using Step = FloatStep<kType>;
   // Each of two groups reads on where its next one is: neighbours are followed by two others, a gate and its up by
   // theirs.
@@ -143,8 +151,8 @@ void float_matvec_rows(const uint8_t* a, const uint8_t* b, int64_t cols, const F
 }
 
 template <QuantType kType, int kGroups>
-void float_matvec_of(const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x, int64_t chunk_stride,
-                     int rows, float* sums) {
+void float_matvec_of(const uint8_t* a, const uint8_t* b, int64_t cols, const typename FloatStep<kType>::Chunk* x,
+                     int64_t chunk_stride, int rows, float* sums) {
   int r = 0;
   for (; r + 4 <= rows; r += 4)
     float_matvec_rows<kType, kGroups, 4>(a, b, cols, x + r, chunk_stride, sums + r * kSumStride);
@@ -152,8 +160,8 @@ void float_matvec_of(const uint8_t* a, const uint8_t* b, int64_t cols, const Flo
 }
 
 template <QuantType kType>
-void float_matvec_type(const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x, int64_t chunk_stride,
-                       int rows, float* sums) {
+void float_matvec_type(const uint8_t* a, const uint8_t* b, int64_t cols, const typename FloatStep<kType>::Chunk* x,
+                       int64_t chunk_stride, int rows, float* sums) {
   if (b) {
     float_matvec_of<kType, 2>(a, b, cols, x, chunk_stride, rows, sums);
   } else {
@@ -164,6 +172,10 @@ void float_matvec_type(const uint8_t* a, const uint8_t* b, int64_t cols, const F
 void float_matvec(QuantType type, const uint8_t* a, const uint8_t* b, int64_t cols, const FloatChunk* x,
                   int64_t chunk_stride, int rows, float* sums) {
   if (type == QuantType::F16) return float_matvec_type<QuantType::F16>(a, b, cols, x, chunk_stride, rows, sums);
-  if (type == QuantType::BF16) return float_matvec_type<QuantType::BF16>(a, b, cols, x, chunk_stride, rows, sums);
   float_matvec_type<QuantType::F32>(a, b, cols, x, chunk_stride, rows, sums);
+}
+
+void bfloat16_matvec(const uint8_t* a, const uint8_t* b, int64_t cols, const RoundedChunk* x, int64_t chunk_stride,
+                     int rows, float* sums) {
+  float_matvec_type<QuantType::BF16>(a, b, cols, x, chunk_stride, rows, sums);
 }

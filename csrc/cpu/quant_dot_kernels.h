@@ -282,19 +282,31 @@ inline uint16_t round_to_bfloat16(float x) {
   return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 64 : rounded);  // a NaN stays one
 }
 
+// out[k] = element k0 + k of the row, normalised with norm_weight unless that is null.
+inline void normalize(const float* x, int64_t k0, int depth, const float* norm_weight, float factor, float* out) {
+  if (norm_weight) {
+    for (int k = 0; k < depth; ++k) out[k] = norm_weight[k0 + k] * (x[k0 + k] * factor);
+  } else {
+    for (int k = 0; k < depth; ++k) out[k] = x[k0 + k];
+  }
+}
+
 void normalize_row(const float* x, int64_t cols, const float* norm_weight, float eps, FloatChunk* chunks,
                    int64_t chunk_stride) {
   const float factor = norm_weight ? inverse_rms(x, cols, eps) : 1.0f;
+  for (int64_t k0 = 0; k0 < cols; k0 += kChunk, chunks += chunk_stride)
+    normalize(x, k0, int(cols - k0 < kChunk ? cols - k0 : kChunk), norm_weight, factor, chunks->x);
+}
+
+void round_row(const float* x, int64_t cols, const float* norm_weight, float eps, RoundedChunk* chunks,
+               int64_t chunk_stride) {
+  const float factor = norm_weight ? inverse_rms(x, cols, eps) : 1.0f;
   for (int64_t k0 = 0; k0 < cols; k0 += kChunk, chunks += chunk_stride) {
     const int depth = int(cols - k0 < kChunk ? cols - k0 : kChunk);
-    float* out = chunks->x;
-    if (norm_weight) {
-      for (int k = 0; k < depth; ++k) out[k] = norm_weight[k0 + k] * (x[k0 + k] * factor);
-    } else {
-      for (int k = 0; k < depth; ++k) out[k] = x[k0 + k];
-    }
-    for (int k = 0; k < depth; ++k) chunks->rounded[k] = round_to_bfloat16(out[k]);
-    if (depth % 2) chunks->rounded[depth] = 0;
+    float values[kChunk];
+    normalize(x, k0, depth, norm_weight, factor, values);
+    for (int k = 0; k < depth; ++k) chunks->x[k] = round_to_bfloat16(values[k]);
+    if (depth % 2) chunks->x[depth] = 0;
   }
 }
 
@@ -362,6 +374,6 @@ void silu_mul(const float* gate, const float* up, float* out) {
 
 #include "quant_dot_probes.h"
 
-constexpr Kernels kTable = {quantize_row,       normalize_row, codes,    widen,          float_tile,
-                            bfloat16_tile,      float_matvec,  silu_mul, int8_rate_loop, float_rate_loop,
-                            bfloat16_rate_loop, read_loop};
+constexpr Kernels kTable = {quantize_row,   normalize_row,   round_row,          codes,           widen,
+                            float_tile,     bfloat16_tile,   float_matvec,       bfloat16_matvec, silu_mul,
+                            int8_rate_loop, float_rate_loop, bfloat16_rate_loop, read_loop};

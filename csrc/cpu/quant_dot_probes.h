@@ -39,7 +39,7 @@ double float_rate_loop(int64_t turns) {
 }
 
 double bfloat16_rate_loop(int64_t turns) {
-  constexpr int kChains = 12;
+  constexpr int kChains = 8;
   alignas(64) uint16_t ones[32];
   for (auto& one : ones) one = 0x3f80;
   const B w = Lanes::load_bytes(reinterpret_cast<const uint8_t*>(ones));

@@ -27,7 +27,7 @@ struct Range {
 
 struct State {
   std::mutex mutex;
-  Scratch int8_activations, float_activations;
+  Scratch int8_activations, float_activations, rounded_activations;
   std::vector<ThreadScratch> threads;
   std::vector<Range> ranges;
 };
@@ -115,18 +115,36 @@ const float* float_weights(const RowGroup& group, int64_t k0, int depth, float* 
   return scratch;
 }
 
+void bfloat16_sums(const Pass& pass, const RowGroup& group_a, const RowGroup& group_b, float* sums) {
+  const Kernels& k = kernels();
+  const int rows = static_cast<int>(pass.rows);
+  const uint8_t *a = group_a.data, *b = group_b.data;
+  if (pass.matvec()) return k.bfloat16_matvec(a, b, pass.cols, pass.rounded, pass.stride, rows, sums);
+  const int64_t chunk_bytes = kChunk * kLanes * int64_t(sizeof(uint16_t)), group_bytes = group_a.matrix->group_bytes();
+  // Neighbours are followed by the two groups behind them, a gate and its up by the next of each.
+  const int64_t step = b == a + group_bytes ? 2 * group_bytes : group_bytes;
+  for (int64_t k0 = 0; k0 < pass.cols; k0 += kChunk) {
+    const bool last = k0 + kChunk >= pass.cols;
+    const int64_t at = k0 / kChunk * chunk_bytes, ahead = last ? step : at + chunk_bytes;
+    const uint8_t* next[2] = {a + ahead, b ? b + ahead : nullptr};
+    k.bfloat16_tile(a + at, b ? b + at : nullptr, next, int(std::min<int64_t>(kChunk, pass.cols - k0)),
+                    pass.rounded + k0 / kChunk * pass.stride, rows, sums);
+  }
+}
+
 void float_sums(const Pass& pass, const RowGroup& group_a, const RowGroup& group_b, ThreadScratch& scratch,
                 float* sums) {
   const Kernels& k = kernels();
   const int rows = static_cast<int>(pass.rows);
-  const auto meets_rounded = [&](const RowGroup& g) { return g.matrix->type() == QuantType::BF16 && !pass.exact; };
+  const auto meets_rounded = [&](const RowGroup& g) { return g.matrix->type() == QuantType::BF16 && pass.rounded; };
   const bool bfloat16 = meets_rounded(group_a);
   if (group_b && bfloat16 != meets_rounded(group_b)) {
     float_sums(pass, group_a, {}, scratch, sums);
     float_sums(pass, group_b, {}, scratch, sums + kLanes);
     return;
   }
-  const bool widens = group_a.matrix->type() == QuantType::BF16 && !bfloat16;
+  if (bfloat16) return bfloat16_sums(pass, group_a, group_b, sums);
+  const bool widens = group_a.matrix->type() == QuantType::BF16;
   if (pass.matvec() && !widens && group_a.matrix->storage() == Storage::kFloats &&
       (!group_b || group_b.matrix->type() == group_a.matrix->type())) {
     k.float_matvec(group_a.matrix->type(), group_a.data, group_b.data, pass.cols, pass.floats, pass.stride, rows, sums);
@@ -137,11 +155,6 @@ void float_sums(const Pass& pass, const RowGroup& group_a, const RowGroup& group
   for (int64_t k0 = 0; k0 < pass.cols; k0 += kChunk) {
     const int depth = static_cast<int>(std::min<int64_t>(kChunk, pass.cols - k0));
     const FloatChunk* x = pass.floats + k0 / kChunk * pass.stride;
-    if (bfloat16) {
-      const int64_t at = k0 * kLanes * int64_t(sizeof(uint16_t));
-      k.bfloat16_tile(group_a.data + at, group_b ? group_b.data + at : nullptr, depth, x, rows, sums);
-      continue;
-    }
     const float* a = float_weights(group_a, k0, depth, tile_a);
     const float* b = group_b ? float_weights(group_b, k0, depth, tile_b) : nullptr;
     k.float_tile(a, b, depth, x, rows, sums);
@@ -153,11 +166,19 @@ void scale_lanes(float scale, int64_t rows, float* sums) {
     for (int l = 0; l < kLanes; ++l) sums[r * kSumStride + l] *= scale;
 }
 
-void write_lanes(const float* sums, int lanes, const float* residual, float* out) {
+inline void add_lanes(const float* sums, int lanes, const float* residual, float* out) {
   if (residual) {
     for (int l = 0; l < lanes; ++l) out[l] = residual[l] + sums[l];
   } else {
     for (int l = 0; l < lanes; ++l) out[l] = sums[l];
+  }
+}
+
+void write_lanes(const float* sums, int lanes, const float* residual, float* out) {
+  if (lanes == kLanes) {  // of a known number the compiler makes vectors
+    add_lanes(sums, kLanes, residual, out);
+  } else {
+    add_lanes(sums, lanes, residual, out);
   }
 }
 
@@ -199,9 +220,9 @@ void check_call(const QuantMatmul& call) {
 
 }  // namespace
 
-int64_t pass_rows(int64_t rows, int64_t cols, bool floats) {
+int64_t pass_rows(int64_t rows, int64_t cols, size_t chunk_bytes) {
   if (rows <= kMatvecRows) return rows;
-  const int64_t row_bytes = (cols + kChunk - 1) / kChunk * (floats ? sizeof(FloatChunk) : sizeof(ActivationChunk));
+  const int64_t row_bytes = (cols + kChunk - 1) / kChunk * int64_t(chunk_bytes);
   const int64_t most = std::clamp<int64_t>(kActivationBudget / row_bytes, 48, kMaxPassRows);
   const int64_t passes = (rows + most - 1) / most;
   return ((rows + passes - 1) / passes + kPassStep - 1) / kPassStep * kPassStep;
@@ -231,26 +252,31 @@ void quant_matmul(const QuantMatmul& call) {
 
   const int64_t cols = call.parts[0]->cols(), chunks = (cols + kChunk - 1) / kChunk;
   int64_t width = 0;
-  bool any_codes = false, any_floats = false;
+  bool any_codes = false, any_floats = false, any_rounded = false;
   for (const PackedMatrix* part : call.parts) {
     width += part->rows();
-    (part->storage() == Storage::kCodes ? any_codes : any_floats) = true;
+    const bool rounded = part->type() == QuantType::BF16 && !call.exact;
+    (part->storage() == Storage::kCodes ? any_codes : rounded ? any_rounded : any_floats) = true;
   }
   if (call.activation == Activation::kSiluMul) width /= 2;
 
-  const int64_t most_rows = pass_rows(call.rows, cols, any_floats);
+  const size_t chunk_bytes = any_floats  ? sizeof(FloatChunk)
+                             : any_codes ? sizeof(ActivationChunk)
+                                         : sizeof(RoundedChunk);
+  const int64_t most_rows = pass_rows(call.rows, cols, chunk_bytes);
   const Kernels& k = kernels();
   for (int64_t first = 0; first < call.rows; first += most_rows) {
     const int64_t rows = std::min(most_rows, call.rows - first);
-    Pass pass{nullptr, nullptr, cols, rows, rows, call.exact};
-    ActivationChunk* int8 = any_codes ? s.int8_activations.get<ActivationChunk>(chunks * pass.rows) : nullptr;
-    FloatChunk* floats = any_floats ? s.float_activations.get<FloatChunk>(chunks * pass.rows) : nullptr;
-    pass.int8 = int8, pass.floats = floats;
+    ActivationChunk* int8 = any_codes ? s.int8_activations.get<ActivationChunk>(chunks * rows) : nullptr;
+    FloatChunk* floats = any_floats ? s.float_activations.get<FloatChunk>(chunks * rows) : nullptr;
+    RoundedChunk* rounded = any_rounded ? s.rounded_activations.get<RoundedChunk>(chunks * rows) : nullptr;
+    const Pass pass{int8, floats, rounded, cols, rows, rows};
     const auto prepare = [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r) {
         const float* x = call.x + (first + r) * cols;
-        if (int8) k.quantize_row(x, cols, call.norm_weight, call.norm_eps, int8 + r, pass.rows);
-        if (floats) k.normalize_row(x, cols, call.norm_weight, call.norm_eps, floats + r, pass.rows);
+        if (int8) k.quantize_row(x, cols, call.norm_weight, call.norm_eps, int8 + r, rows);
+        if (floats) k.normalize_row(x, cols, call.norm_weight, call.norm_eps, floats + r, rows);
+        if (rounded) k.round_row(x, cols, call.norm_weight, call.norm_eps, rounded + r, rows);
       }
     };
     parallel_for(pass.rows, 4, prepare);

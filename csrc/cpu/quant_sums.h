@@ -52,18 +52,19 @@ struct RowGroup {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Rows [0, rows) of activations, chunk by chunk as int8 or as floats, whichever the weights need: chunk c of row r is
-// number c * stride + r.
+// Rows [0, rows) of activations, chunk by chunk as int8, as floats or rounded, whichever the weights need: chunk c of
+// row r is number c * stride + r. bfloat16 weights meet the rounded ones, or floats where there are none.
 struct Pass {
   const ActivationChunk* int8;
   const FloatChunk* floats;
+  const RoundedChunk* rounded;
   int64_t cols, rows, stride;
-  bool exact = false;  // bfloat16 weights meet activations that are not rounded
   bool matvec() const { return rows <= kMatvecRows; }
 };
 
-// The most rows of `cols` activations to compute in one pass, so that a pass stays in the cache.
-int64_t pass_rows(int64_t rows, int64_t cols, bool floats);
+// The most rows of `cols` activations to compute in one pass, so that a pass stays in the cache. chunk_bytes: of the
+// largest form they are needed in.
+int64_t pass_rows(int64_t rows, int64_t cols, size_t chunk_bytes);
 
 // sums[32 * row + lane] = dot products with the rows of `a`, 16 further with those of `b`, if there is one.
 void sums_of(const Pass& pass, const RowGroup& a, const RowGroup& b, ThreadScratch& scratch, float* sums);
