@@ -1,7 +1,7 @@
 // Sixteen rows in one AVX-512 register. Part of quant_dot_avx512.cpp: included inside its unnamed namespace.
 struct Lanes {
   static constexpr int kUnroll = 8;
-  static constexpr int kTileRows = 6;  // activation rows a register block of a tile holds
+  static constexpr int kTileRows = 6, kTileGroups = 2;  // activation rows and row groups of a tile's register block
   static constexpr int kFloatTileRows = 6;
   using F = __m512;
   using I = __m512i;
@@ -21,6 +21,7 @@ struct Lanes {
   static F load_high_nibble(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(load16(p), 4), _mm_set1_epi8(15))));
   }
+  static void put_away(F&) {}  // there are registers enough
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
@@ -67,7 +68,7 @@ struct Lanes {
   }
   // Wide codes carry an offset of 128; here the accumulator's start takes it off.
   static constexpr bool kWideDotRemovesOffset = false;
-  static constexpr bool kNarrowSums = false;
+  static constexpr bool kNarrowSums = false, kMultipliesWords = false;
   static I dot(I sum, B codes, X x) { return _mm512_dpbusd_epi32(sum, codes, x); }
   static I dot_wide(I sum, B codes, X x) { return dot(sum, codes, x); }
 #if defined(__AVX512BF16__)

@@ -1,7 +1,7 @@
 // Sixteen rows in plain arrays. Part of quant_dot_generic.cpp: included inside its unnamed namespace.
 struct Lanes {
   static constexpr int kUnroll = 1;
-  static constexpr int kTileRows = 1;
+  static constexpr int kTileRows = 1, kTileGroups = 2;
   static constexpr int kFloatTileRows = 1;
   struct F {
     float v[16];
@@ -47,6 +47,7 @@ struct Lanes {
   static F load_high_nibble(const uint8_t* p) {
     return each([=](int i) { return float(p[i] >> 4); });
   }
+  static void put_away(F&) {}
   static F mul(F a, F b) {
     return each([&](int i) { return a.v[i] * b.v[i]; });
   }
@@ -126,7 +127,7 @@ struct Lanes {
   }
   static X quad(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static constexpr bool kWideDotRemovesOffset = false;
-  static constexpr bool kNarrowSums = false;
+  static constexpr bool kNarrowSums = false, kMultipliesWords = false;
   // Out of line: unrolled into every kernel it would make this file the longest to compile by far.
   __attribute__((noinline)) static I dot(I sum, const B& codes, X x) {
     for (int i = 0; i < 16; ++i)

@@ -49,23 +49,25 @@ inline void float_register_tile(const uint8_t* a, const uint8_t* b, int depth,
 }
 
 // Rows kRows at a time, then those that are left in one go. The first `fetching` blocks fetch one of `next` each.
-template <QuantType kType, int kGroups, int kRows = Lanes::kFloatTileRows>
+template <QuantType kType, int kGroups, bool kSwapped, int kRows = Lanes::kFloatTileRows>
 void float_tile_rows(const uint8_t* a, const uint8_t* b, const uint8_t* const* next, int fetching, int depth,
                      const typename FloatStep<kType>::Chunk* x, int rows, float* sums) {
   for (; rows >= kRows; rows -= kRows, x += kRows, sums += kRows * kSumStride, --fetching)
-    float_register_tile<kType, kGroups, kRows>(a, b, depth, x, sums, fetching > 0 ? *next++ : nullptr);
+    float_register_tile<kType, kGroups, kRows, kSwapped>(a, b, depth, x, sums, fetching > 0 ? *next++ : nullptr);
   if constexpr (kRows > 1) {
-    if (rows > 0) float_tile_rows<kType, kGroups, kRows - 1>(a, b, next, fetching, depth, x, rows, sums);
+    if (rows > 0) float_tile_rows<kType, kGroups, kSwapped, kRows - 1>(a, b, next, fetching, depth, x, rows, sums);
   }
 }
 
-template <QuantType kType>
+template <QuantType kType, bool kSwapped = false>
 void float_tile_of(const uint8_t* a, const uint8_t* b, const uint8_t* const* next, int depth,
                    const typename FloatStep<kType>::Chunk* x, int rows, float* sums) {
-  if (b) {
-    float_tile_rows<kType, 2>(a, b, next, next ? 2 : 0, depth, x, rows, sums);
+  if (b && Lanes::kTileGroups == 2) {
+    float_tile_rows<kType, 2, kSwapped>(a, b, next, next ? 2 : 0, depth, x, rows, sums);
   } else {
-    float_tile_rows<kType, 1>(a, a, next, next ? 1 : 0, depth, x, rows, sums);
+    float_tile_rows<kType, 1, kSwapped>(a, a, next, next ? 1 : 0, depth, x, rows, sums);
+    if (b)
+      float_tile_rows<kType, 1, kSwapped>(b, b, next ? next + 1 : next, next ? 1 : 0, depth, x, rows, sums + kLanes);
   }
 }
 
@@ -85,29 +87,25 @@ void widen(QuantType type, const uint8_t* source, int depth, float* out) {
   }
 }
 
-// Without the instruction taking pairs apart costs as much as multiplying: it is done once here. Odd columns are added
-// first, which is the instruction's order.
-template <int kGroups>
-void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, int depth, const RoundedChunk* x, int rows,
-                             float* sums) {
-  constexpr int kStep = Lanes::kFloatTileRows;
-  alignas(64) float weights[2][kChunk * kLanes];
-  FloatChunk rounded[kStep];
-  const int columns = 2 * div_up(depth, 2);
-  const uint8_t* packed[2] = {a, b};
-  for (int n = 0; n < kGroups; ++n) widen(QuantType::BF16, packed[n], columns, weights[n]);
-  const auto* w0 = reinterpret_cast<const uint8_t*>(weights[0]);
-  const auto* w1 = reinterpret_cast<const uint8_t*>(weights[1]);
-  for (int r = 0; r < rows; r += kStep) {
-    const int count = rows - r < kStep ? rows - r : kStep;
-    for (int i = 0; i < count; ++i)
-      for (int k = 0; k < columns; ++k) rounded[i].x[k] = float_from_bfloat16(x[r + i].x[k]);
-    float* out = sums + r * kSumStride;
-    if (count == kStep) {
-      float_register_tile<QuantType::F32, kGroups, kStep, true>(w0, w1, columns, rounded, out);
-    } else {
+// Without the instruction taking pairs apart costs as much as multiplying: it is done once here, for so few columns
+// that both groups' weights stay in the first-level cache. Odd columns are added first: the instruction's order.
+void bfloat16_tile_as_floats(const uint8_t* a, const uint8_t* b, const uint8_t* const* next, int depth,
+                             const RoundedChunk* x, int rows, float* sums) {
+  constexpr int kStep = Lanes::kFloatTileRows, kDepth = kChunk / 2;
+  alignas(64) float weights[2][kDepth * kLanes];
+  FloatChunk floats[kStep];
+  for (int k0 = 0; k0 < depth; k0 += kDepth) {
+    const int columns = 2 * div_up(depth - k0 < kDepth ? depth - k0 : kDepth, 2);
+    widen(QuantType::BF16, a + k0 * 2 * kLanes, columns, weights[0]);
+    if (b) widen(QuantType::BF16, b + k0 * 2 * kLanes, columns, weights[1]);
+    const auto *w0 = reinterpret_cast<const uint8_t*>(weights[0]), *w1 = reinterpret_cast<const uint8_t*>(weights[1]);
+    for (int r = 0; r < rows; r += kStep) {
+      const int count = rows - r < kStep ? rows - r : kStep;
       for (int i = 0; i < count; ++i)
-        float_register_tile<QuantType::F32, kGroups, 1, true>(w0, w1, columns, rounded + i, out + i * kSumStride);
+        for (int k = 0; k < columns; ++k) floats[i].x[k] = float_from_bfloat16(x[r + i].x[k0 + k]);
+      const bool fetches = k0 + r == 0;  // as many steps of floats as the next chunk of pairs has lines
+      float_tile_of<QuantType::F32, true>(w0, b ? w1 : nullptr, fetches ? next : nullptr, columns, floats, count,
+                                          sums + r * kSumStride);
     }
   }
 }
@@ -117,7 +115,7 @@ void bfloat16_tile(const uint8_t* a, const uint8_t* b, const uint8_t* const* nex
   if constexpr (Lanes::kMultipliesBfloat16) {
     float_tile_of<QuantType::BF16>(a, b, next, depth, x, rows, sums);
   } else {
-    b ? bfloat16_tile_as_floats<2>(a, b, depth, x, rows, sums) : bfloat16_tile_as_floats<1>(a, a, depth, x, rows, sums);
+    bfloat16_tile_as_floats(a, b, next, depth, x, rows, sums);
   }
 }
 

@@ -26,19 +26,32 @@ inline I dot(I sum, B codes, Lanes::X x) {
   return Code::kWide ? Lanes::dot_wide(sum, codes, x) : Lanes::dot(sum, codes, x);
 }
 
-// Whether a level that adds pairs of products in 16 bits first may sum all quads of a scale so before it widens them.
+// How many quads' products a level that adds pairs of them in 16 bits first may sum so before it widens them; 0: none.
 template <class Code, class L>
-constexpr bool kSumsNarrow = L::kNarrowSums && 8 / Code::kSubs * 2 * 127 * Code::kMaxCode <= 32767;
+constexpr int narrow_quads() {
+  if constexpr (!L::kNarrowSums || Code::kWide) {
+    return 0;
+  } else {
+    int quads = 8 / Code::kSubs;
+    while (quads * 2 * 127 * Code::kMaxCode > 32767) quads /= 2;
+    return quads;
+  }
+}
 
 // sum + the dot products of kQuads consecutive quads.
 template <class Code, class L = Lanes>
 inline I dots(I sum, const B* codes, const int8_t* q) {
-  constexpr int kQuads = 8 / Code::kSubs;
-  if constexpr (kSumsNarrow<Code, L>) {
-    B narrow = L::products(codes[0], L::quad(q));
+  constexpr int kQuads = 8 / Code::kSubs, kNarrow = narrow_quads<Code, L>();
+  if constexpr (kNarrow > 0) {
 #pragma GCC unroll Lanes::kUnroll
-    for (int j = 1; j < kQuads; ++j) narrow = L::add_narrow(narrow, L::products(codes[j], L::quad(q + 4 * j)));
-    return L::add_widened(sum, narrow);
+    for (int first = 0; first < kQuads; first += kNarrow) {
+      B narrow = L::products(codes[first], L::quad(q + 4 * first));
+#pragma GCC unroll Lanes::kUnroll
+      for (int j = first + 1; j < first + kNarrow; ++j)
+        narrow = L::add_narrow(narrow, L::products(codes[j], L::quad(q + 4 * j)));
+      sum = L::add_widened(sum, narrow);
+    }
+    return sum;
   } else {
 #pragma GCC unroll Lanes::kUnroll
     for (int j = 0; j < kQuads; ++j) sum = dot<Code>(sum, codes[j], Lanes::quad(q + 4 * j));
@@ -137,31 +150,40 @@ void unpack(const uint8_t* group, int64_t header_area, int64_t chunk, int groups
 template <class Code, int kGroups, int kRows, class L = Lanes>
 inline void register_tile(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const ActivationChunk* x,
                           float* sums) {
-  constexpr int kQuads = 8 / Code::kSubs;
+  constexpr int kQuads = 8 / Code::kSubs, kNarrow = narrow_quads<Code, L>();
   F total[kRows][kGroups];
   for (int r = 0; r < kRows; ++r)
     for (int n = 0; n < kGroups; ++n) total[r][n] = Lanes::load(sums + r * kSumStride + n * kLanes);
   for (int g = 0; g < groups; ++g) {
     const UnpackedGroup* w[2] = {a + g, b + g};
+    for (int r = 0; r < kRows; ++r)
+      for (int n = 0; n < kGroups; ++n) Lanes::put_away(total[r][n]);
 #pragma GCC unroll Lanes::kUnroll
     for (int sub = 0; sub < Code::kSubs; ++sub) {
       I sum[kRows][kGroups];
-      if constexpr (kSumsNarrow<Code, L>) {
-        B narrow[kRows][kGroups];
+      if constexpr (kNarrow > 0) {
 #pragma GCC unroll Lanes::kUnroll
-        for (int j = sub * kQuads; j < (sub + 1) * kQuads; ++j) {
-          for (int n = 0; n < kGroups; ++n) {
-            const B codes = L::load_bytes(w[n]->codes + 64 * j);
+        for (int first = sub * kQuads; first < (sub + 1) * kQuads; first += kNarrow) {
+          B narrow[kRows][kGroups];
 #pragma GCC unroll Lanes::kUnroll
-            for (int r = 0; r < kRows; ++r) {
-              const B four = L::products(codes, L::quad(x[r].q + 32 * g + 4 * j));
-              narrow[r][n] = j == sub * kQuads ? four : L::add_narrow(narrow[r][n], four);
+          for (int j = first; j < first + kNarrow; ++j) {
+            for (int n = 0; n < kGroups; ++n) {
+              const B codes = L::load_bytes(w[n]->codes + 64 * j);
+#pragma GCC unroll Lanes::kUnroll
+              for (int r = 0; r < kRows; ++r) {
+                const B four = L::products(codes, L::quad(x[r].q + 32 * g + 4 * j));
+                narrow[r][n] = j == first ? four : L::add_narrow(narrow[r][n], four);
+              }
+            }
+          }
+#pragma GCC unroll Lanes::kUnroll
+          for (int r = 0; r < kRows; ++r) {
+            for (int n = 0; n < kGroups; ++n) {
+              const I before = first == sub * kQuads ? start_sum<Code>(x[r], g, sub) : sum[r][n];
+              sum[r][n] = L::add_widened(before, narrow[r][n]);
             }
           }
         }
-#pragma GCC unroll Lanes::kUnroll
-        for (int r = 0; r < kRows; ++r)
-          for (int n = 0; n < kGroups; ++n) sum[r][n] = L::add_widened(start_sum<Code>(x[r], g, sub), narrow[r][n]);
       } else {
 #pragma GCC unroll Lanes::kUnroll
         for (int r = 0; r < kRows; ++r)
@@ -191,24 +213,28 @@ inline void register_tile(const UnpackedGroup* a, const UnpackedGroup* b, int gr
     for (int n = 0; n < kGroups; ++n) Lanes::store(sums + r * kSumStride + n * kLanes, total[r][n]);
 }
 
-template <class Code, int kGroups>
+#include "quant_dot_words.h"
+
+// Rows kRows at a time, then those that are left by fewer.
+template <class Code, int kGroups, int kRows = Lanes::kTileRows>
 void tile_rows(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const ActivationChunk* x, int rows,
                float* sums) {
-  constexpr int kStep = Lanes::kTileRows;
-  int r = 0;
-  for (; r + kStep <= rows; r += kStep) register_tile<Code, kGroups, kStep>(a, b, groups, x + r, sums + r * kSumStride);
-  if constexpr (kStep > 2) {
-    for (; r + 2 <= rows; r += 2) register_tile<Code, kGroups, 2>(a, b, groups, x + r, sums + r * kSumStride);
+  for (; rows >= kRows; rows -= kRows, x += kRows, sums += kRows * kSumStride)
+    register_tile<Code, kGroups, kRows>(a, b, groups, x, sums);
+  if constexpr (kRows > 1) {
+    if (rows > 0) tile_rows<Code, kGroups, kRows == 6 ? 4 : kRows / 2>(a, b, groups, x, rows, sums);
   }
-  for (; r < rows; ++r) register_tile<Code, kGroups, 1>(a, b, groups, x + r, sums + r * kSumStride);
 }
 
-template <class Code>
+template <class Code, class L = Lanes>
 void tile(const UnpackedGroup* a, const UnpackedGroup* b, int groups, const ActivationChunk* x, int rows, float* sums) {
-  if (b) {
+  if constexpr (Code::kWide && L::kMultipliesWords) {
+    words_tile<Code>(a, b, groups, x, rows, sums);
+  } else if (b && Lanes::kTileGroups == 2) {
     tile_rows<Code, 2>(a, b, groups, x, rows, sums);
   } else {
     tile_rows<Code, 1>(a, a, groups, x, rows, sums);
+    if (b) tile_rows<Code, 1>(b, b, groups, x, rows, sums + kLanes);
   }
 }
 
