@@ -14,25 +14,20 @@ import json
 import logging
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .. import config, env
 from ..errors import InvalidRequest, ModelDoesNotFit, ModelNotFound, UnsupportedCheckpoint
 from ..version import __version__
 from ..weights.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
-from ..weights.gguf import GGUFFile
+from ..weights.file_facts import facts, head_digest, source_files
 from .quantize_model import quantize_model
 
 log = logging.getLogger(__name__)
 
 _LAYOUT = 2  # of key and record; a change makes old entries strangers
-_SOURCE_FILES = (".json", ".safetensors", ".jinja")
-_HEAD_BYTES = 1 << 20
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 def folder() -> Path:
@@ -112,7 +107,7 @@ def _made(
     record = path.with_suffix(".json")
     partial = record.with_suffix(".json.partial")
     try:
-        partial.write_text(json.dumps(_facts(path)), encoding="utf-8")
+        partial.write_text(json.dumps(facts(path)), encoding="utf-8")
         os.replace(partial, record)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -129,7 +124,7 @@ def _damage(path: Path) -> str | None:
         return ""
     try:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return None if record == _facts(path) else "it is not what was written"
+        return None if record == facts(path) else "it is not what was written"
     except (OSError, ValueError) as error:
         return str(error)
 
@@ -145,28 +140,12 @@ def _delete(path: Path) -> None:
     path.with_suffix(".json").unlink(missing_ok=True)
 
 
-def _facts(path: Path) -> dict[str, int]:
-    """What tells a file from another or a damaged one: size, time of writing, checksum of head, tail and samples between."""
-    status = path.stat()
-    checksum = 0
-    with path.open("rb") as file:
-        for i in range(_SAMPLES + 1):
-            file.seek(max(0, status.st_size - _SAMPLE_BYTES) * i // _SAMPLES)
-            checksum = zlib.crc32(file.read(_SAMPLE_BYTES), checksum)
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "checksum": checksum}
-
-
 def _key(source: Path, quant: str, importance_file: Path | None = None) -> str:
     """Of the source's content, as far as names, sizes, times, beginnings and samples tell it, the mix and this version of helexa."""
-    if source.is_dir():
-        paths = sorted(p for p in source.iterdir() if p.suffix in _SOURCE_FILES and p.is_file())
-    else:
-        paths = list(GGUFFile(source).paths)
-    files: list[Any] = []
-    for path in paths if importance_file is None else [*paths, importance_file]:
-        with path.open("rb") as file:
-            head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
-        files.append([path.name, head, _facts(path)])
+    paths = source_files(source)
+    if importance_file is not None:
+        paths.append(importance_file)
+    files = [[path.name, head_digest(path), facts(path)] for path in paths]
     identity = json.dumps([_LAYOUT, __version__, quant.upper(), importance_file is not None, files])
     return hashlib.sha256(identity.encode()).hexdigest()[:24]
 
