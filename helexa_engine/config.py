@@ -78,6 +78,12 @@ class EngineConfig:
     snapshot_interval: int = knob(
         1024, "tokens of a prompt from one such state to the next, a multiple of 64", low=64, high=1048576
     )
+    prefix_cache_folder: str | None = knob(
+        None,
+        "folder that keeps what is computed of prompts across restarts, a file a model, readable by its owner alone; default: it "
+        "ends with the process",
+    )
+    prefix_cache_limit: str = knob("4GiB", "size of such a file; what was used last is kept")
     seed: int | None = knob(None, "seed for requests that give none; default: drawn at start")
     mmap_experts: bool = knob(
         False,

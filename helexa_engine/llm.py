@@ -71,6 +71,8 @@ class LLM:
         prefix_cache: bool = True,
         state_snapshots: int = 32,
         snapshot_interval: int = 1024,
+        prefix_cache_folder: str | None = None,
+        prefix_cache_limit: str = "4GiB",
         tensor_parallel_size: int = 1,
         seed: int | None = None,
         mmap_experts: bool = False,

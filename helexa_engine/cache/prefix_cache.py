@@ -54,6 +54,9 @@ class PrefixCache:
     Args:
         pool: whose pages it keeps.
         snapshots: slots for snapshots, for a model with recurrent states; it then resumes at these alone. None for a model without.
+
+    Attributes:
+        num_kept: pages and snapshots that were kept so far, whatever became of them: whether there is something new.
     """
 
     def __init__(self, pool: PagePool, snapshots: StatePool | None = None) -> None:
@@ -63,6 +66,8 @@ class PrefixCache:
         self._leaves: dict[Node, None] = {}
         self._with_snapshot: dict[Node, None] = {}
         self._tick = 0
+        self._num_restored = 0
+        self.num_kept = 0
 
     # -- reading
 
@@ -92,6 +97,23 @@ class PrefixCache:
             count, node = count + 1, node.parent
         return count
 
+    def by_last_use(self) -> list[Node]:
+        """The nodes from which another process could restore the cache, the most recently used first and none before its parent.
+
+        With states these are the ones on the way to a snapshot: nothing resumes behind it.
+        """
+        nodes = [self.root]
+        for node in nodes:
+            nodes.extend(node.children.values())
+        used: dict[Node, int] = {}  # of the node or anything behind it; absent where nothing is worth keeping
+        for node in reversed(nodes[1:]):
+            if node in used or self.snapshots is None or node.snapshot is not None:
+                assert node.parent is not None
+                used[node] = max(used.get(node, node.last_used), node.last_used)
+                used[node.parent] = max(used.get(node.parent, used[node]), used[node])
+        used.pop(self.root, None)
+        return sorted(used, key=lambda node: (-used[node], node.depth))
+
     # -- taking and keeping
 
     def take(self, node: Node) -> list[int]:
@@ -120,9 +142,8 @@ class PrefixCache:
             child = node.children.get(keys[i])
             if child is None:
                 child = node.children[keys[i]] = Node(keys[i], pages[i], node.depth + 1, node)
-                self.pool.cache(child.page)
-                self._leaves.pop(node, None)
-                self._leaves[child] = None
+                self._add(child)
+                self.num_kept += 1
             elif child.page != pages[i]:
                 self.pool.share(child.page)
                 self.pool.release([pages[i]])
@@ -149,6 +170,7 @@ class PrefixCache:
         if node.snapshot is None:
             node.snapshot = slot
             self._with_snapshot[node] = None
+            self.num_kept += 1
         else:  # another sequence was as quick
             self.drop_snapshot_slot(slot)
         node.snapshot_used = self._tick
@@ -157,6 +179,29 @@ class PrefixCache:
         """What was to be written to ``slot`` is not worth keeping."""
         assert self.snapshots is not None
         self.snapshots.release(slot)
+
+    def restore(self, parent: Node, key: bytes, page: int, slot: int | None = None, rank: int = 0) -> Node:
+        """Keeps a page behind ``parent``, and a snapshot in ``slot``, as another process left them; both were allocated for this and
+        become the cache's. The page counts as used before all that is in the cache, the snapshot as the ``rank``-th most recently
+        used one.
+        """
+        assert key not in parent.children, "these tokens are here already"
+        self._num_restored += 1
+        child = Node(key, page, parent.depth + 1, parent, last_used=-self._num_restored)
+        parent.children[key] = child
+        self._add(child)
+        self.pool.release([page])
+        if slot is not None:
+            child.snapshot, child.snapshot_used = slot, -1 - rank
+            self._with_snapshot[child] = None
+        return child
+
+    def _add(self, child: Node) -> None:
+        """The tree's own reference to the page of a new node."""
+        assert child.parent is not None
+        self.pool.cache(child.page)
+        self._leaves.pop(child.parent, None)
+        self._leaves[child] = None
 
     # -- letting go
 

@@ -16,6 +16,7 @@ from ..sampling_params import SamplingParams
 from .memory import LOGITS_ROWS
 from .model_runner import ModelRunner
 from .sampler import DAMAGED, Grammar, Logits, Logprobs, Sampler, SamplingFailed, log_probabilities, logprobs_of
+from .saved_prefixes import SavedPrefixes
 from .scheduler import Chunk, Scheduler
 from .sequence import Sequence
 
@@ -151,6 +152,9 @@ class Engine:
         max_model_len: longest prompt plus answer in tokens.
         seed: requests that bring none draw from it by their order of arrival; None draws it.
         clock: seconds, monotonic.
+
+    Attributes:
+        saved: the file that the prefix cache is kept in, if it is to outlive the process.
     """
 
     def __init__(
@@ -168,6 +172,7 @@ class Engine:
         self.scheduler = scheduler
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self.saved: SavedPrefixes | None = None
         self._clock = clock
         self._seed = secrets.randbits(63) if seed is None else seed
         self._requests: dict[str, list[_Answer]] = {}
@@ -329,8 +334,23 @@ class Engine:
             decode_tokens_per_second=self.scheduler.pace.decode_tokens_per_second,
         )
 
-    def close(self) -> None:
-        """Frees the model and the memory of the pages; no step may follow."""
+    def seconds_to_save(self) -> float | None:
+        """How long to wait for work before :meth:`save` is called; None where there is nothing to save."""
+        return None if self.saved is None else self.saved.seconds_to_save()
+
+    def save(self, is_wanted: Callable[[], bool]) -> None:
+        """Saves the prefix cache, or gives up as soon as the engine ``is_wanted`` for something else."""
+        if self.saved is not None:
+            self.saved.save(is_wanted)
+
+    def close(self, *, in_order: bool = True) -> None:
+        """Frees the model and the memory of the pages; no step may follow. The prefix cache is saved if this comes ``in_order``, not
+        after a fault."""
+        if self.saved is not None:
+            if in_order:
+                self.saved.save_at_close()
+            self.saved.close()
+            self.saved = None
         del self.runner
 
     def _sample(self, answer: _Answer, logits: Logits) -> StepOutput:

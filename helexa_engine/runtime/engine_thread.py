@@ -112,25 +112,31 @@ class EngineThread:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
+        in_order = False
         try:
             while True:
                 with self._wake:
-                    while not (self._commands or self._closing or self._engine.has_work):
-                        self._wake.wait()
+                    is_wanted = self._wake.wait_for(self._is_wanted, self._engine.seconds_to_save())
                     if self._closing:
                         break
                     commands, self._commands = self._commands, deque()
+                if not is_wanted:
+                    self._engine.save(self._is_wanted)
                 for command in commands:
                     command()
                 for output in self._engine.step():
                     self._dispatch(output)
             self._end(EngineDied("the engine was closed while the request ran"))
+            in_order = True
         except BaseException as error:
             log.exception("the engine died")
             died = EngineDied(f"the engine died: {type(error).__name__}: {error}")
             died.__cause__ = error
             self._end(died)
-        self._engine.close()
+        self._engine.close(in_order=in_order)
+
+    def _is_wanted(self) -> bool:
+        return bool(self._commands or self._closing or self._engine.has_work)
 
     def _add(self, request: EngineRequest) -> None:
         try:

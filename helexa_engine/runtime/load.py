@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..cache.page_pool import PagePool
@@ -20,14 +20,16 @@ from ..text.request_processor import RequestProcessor
 from ..text.tokenizer import Tokenizer
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
-from . import quant_cache
+from . import quant_cache, saved_prefixes
 from .engine import Engine, EngineRequest
 from .engine_thread import EngineThread
 from .locate import locate_model, model_name
 from .memory import MemoryPlan
+from .model_fingerprint import model_fingerprint
 from .model_runner import Model, ModelRunner
 from .plan import plan_model
 from .request_events import RequestEvents, engine_request
+from .saved_prefixes import SavedPrefixes
 from .scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -105,6 +107,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     if config.num_threads is not None and (core := native_core()) is not None:
         core.set_num_threads(config.num_threads)
     report = progress or (lambda stage, fraction: None)
+    prefix_limit = saved_prefixes.limit_bytes(config.prefix_cache_limit)
     path = locate_model(model, offline=config.offline, progress=progress)
     report("reading the checkpoint", 0.0)
     with open_checkpoint(path) as checkpoint:
@@ -123,6 +126,15 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
             progress=report,
         )
     engine = build_engine(net, plan.specs, plan.memory, config, plan.config.vocab_size)
+    if config.prefix_cache_folder is not None:
+        report("restoring prefixes", 0.0)
+        loaded = replace(config, quant=None) if cached else config
+        engine.saved = _saved_prefixes(
+            saved_prefixes.file_path(config.prefix_cache_folder, plan.name, path),
+            model_fingerprint(cached or checkpoint, plan.config, plan.specs, loaded),
+            prefix_limit,
+            engine,
+        )
     info = ModelInfo(
         name=plan.name,
         path=path,
@@ -150,6 +162,19 @@ def _cached(checkpoint: Checkpoint, config: EngineConfig, name: str, report: Pro
         importance_file=None if config.imatrix is None else Path(config.imatrix).expanduser(),
         progress=lambda share: report("quantising", share),
     )
+
+
+def _saved_prefixes(path: Path, fingerprint: dict[str, str], limit: int, engine: Engine) -> SavedPrefixes | None:
+    """The file of the engine's prefix cache, with what is in it restored; None without a cache."""
+    prefixes = engine.scheduler.prefixes
+    if prefixes is None:
+        log.warning(
+            "prefix_cache_folder has no effect: there is no prefix cache, or no memory for snapshots of the states"
+        )
+        return None
+    saved = SavedPrefixes(path, fingerprint, limit, prefixes, engine.runner)
+    saved.restore()
+    return saved
 
 
 def _request_processor(checkpoint: Checkpoint, vocab_size: int) -> RequestProcessor:

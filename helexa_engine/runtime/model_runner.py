@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..batch import Batch
@@ -92,6 +94,14 @@ class ModelRunner:
         """Whether one row of the hidden states has neither NaN nor infinity. What a layer keeps of a token reaches its own row, and
         all later ones, so a sound row means that the pages and states up to it are sound."""
         return bool(hidden[row].isfinite().all())
+
+    def page_memory(self) -> list[npt.NDArray[np.uint8]]:
+        """The KV pages as they lie in memory, to be read or written in place: for each tensor of each layer [num_pages, bytes]."""
+        return _rows([cache for cache in self._caches if not isinstance(cache, StateCache)])
+
+    def state_memory(self) -> list[npt.NDArray[np.uint8]]:
+        """The same of the recurrent states: [num_slots, bytes] each."""
+        return _rows(self._state_caches)
 
     def _copy_states(self, slots: Sequence[tuple[int | None, int | None]]) -> None:
         """Copies from the first slot of each pair to the second, where there are both."""
@@ -182,3 +192,9 @@ class ModelRunner:
             state_slots=torch.from_numpy(self._state_slots[:n]),
             caches=self._caches,
         )
+
+
+def _rows(caches: Sequence[LayerCache]) -> list[npt.NDArray[np.uint8]]:
+    """Views of every tensor of the caches, each of which has one row for a page, or for a slot."""
+    tensors = [getattr(cache, field.name) for cache in caches for field in dataclasses.fields(cache)]
+    return [tensor.flatten(1).view(torch.uint8).numpy() for tensor in tensors]

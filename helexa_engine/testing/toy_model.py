@@ -7,7 +7,7 @@ import torch
 from ..batch import Batch
 from ..cache.page_pool import PagePool
 from ..cache.prefix_cache import PrefixCache
-from ..cache.spec import StateCache, StateCacheSpec
+from ..cache.spec import AttentionCache, LayerCache, StateCache, StateCacheSpec
 from ..cache.state_pool import StatePool
 from ..runtime.engine import Engine
 from ..runtime.model_runner import ModelRunner
@@ -50,7 +50,9 @@ class ToyModel:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         self.num_forwards += 1
-        pages: torch.Tensor = batch.caches[0]  # type: ignore[assignment]  # [num_pages * page_size, hidden_size]
+        cache = batch.caches[0]
+        assert isinstance(cache, AttentionCache)
+        pages = cache.k.view(-1, self.embedding.shape[1])  # [num_pages * page_size, hidden_size]
         values = self.embedding[batch.input_ids]
         if self.has_states:
             for i in range(batch.num_sequences):
@@ -103,7 +105,8 @@ def toy_engine(
     default interval is four pages."""
     model = model or ToyModel()
     page_size, hidden_size = model.page_size, model.embedding.shape[1]
-    caches = [torch.full((num_pages * page_size, hidden_size), float("nan"))]
+    kept = torch.full((num_pages, 1, page_size, hidden_size), float("nan"))
+    caches: list[LayerCache] = [AttentionCache(k=kept, v=torch.empty(num_pages, 1, page_size, 0))]
     pool, states, snapshots = PagePool(num_pages), None, None
     if model.has_states:
         spec = StateCacheSpec(
@@ -112,11 +115,11 @@ def toy_engine(
         cache = spec.allocate(max_num_seqs + num_snapshots)
         cache.conv_state.fill_(float("nan"))
         cache.recurrent_state.fill_(float("nan"))
-        caches.append(cache)  # type: ignore[arg-type]
+        caches.append(cache)
         states, snapshots = StatePool(max_num_seqs), StatePool(num_snapshots, first=max_num_seqs)
     runner = ModelRunner(
         model,
-        caches,  # type: ignore[arg-type]
+        caches,
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

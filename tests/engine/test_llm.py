@@ -69,7 +69,8 @@ def test_its_settings_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -
     }
     settings |= {"kv_dtype": "float32", "max_model_len": 7, "max_num_seqs": 3, "max_num_batched_tokens": 99}
     settings |= {"max_step_seconds": 0.25, "memory_fraction": 0.5, "seed": 11, "num_threads": 2}
-    settings |= {"prefix_cache": False, "state_snapshots": 5, "snapshot_interval": 128}
+    settings |= {"prefix_cache": False, "prefix_cache_folder": "prefixes", "prefix_cache_limit": "1GiB"}
+    settings |= {"state_snapshots": 5, "snapshot_interval": 128}
     LLM("somewhere", **settings)
     assert loaded == [("somewhere", EngineConfig(**settings), None)]
     assert all(settings[name] != default for name, (_, default) in spelled.items()), "a value of its own for each"
