@@ -72,6 +72,18 @@ def test_a_prompt_that_comes_again_is_measured_as_a_hit(tmp_path: Path) -> None:
     assert "256 tokens cached" in prefix.report(row)
 
 
+@pytest.mark.skipif(native_core() is None, reason="benchmarks measure the native core")
+def test_a_restart_is_measured_from_closing_to_the_first_token(tmp_path: Path) -> None:
+    path = preset_file("qwen3.5-tiny", "Q8_0", tmp_path)
+    row = {"model": "tiny"} | prefix.measure_restart(path, 300, 2, {"max_model_len": 400, "max_num_seqs": 1})
+    assert row["cached_tokens"] == 256 and row["file_bytes"] > 0
+    assert all(len(row[f"{name}_samples"]) == 2 for name in ("cold", "close", "restore", "hit"))
+    assert row["restart_share_of_cold"] == pytest.approx(
+        (row["restore_seconds"] + row["hit_seconds"]) / row["cold_seconds"], rel=0.05
+    )
+    assert "256 tokens cached" in prefix.report_restart(row)
+
+
 def test_recorded_rows_can_be_read_and_say_what_they_compare() -> None:
     rows = rows_of(Path(base.ROOT) / "benchmarks" / "results" / "engine.jsonl")
     assert rows and {row["engine"] for row in rows} == {"helexa", "llama.cpp"}

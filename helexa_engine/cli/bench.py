@@ -195,9 +195,9 @@ def measure(
 class Prompts:
     """Random prompts, no two alike, of ordinary tokens."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, seed: int = 0) -> None:
         self._vocab_size = llm.vocab_size
-        self._random = random.Random(0)
+        self._random = random.Random(seed)
 
     def draw(self, length: int) -> list[int]:
         return [self._random.randrange(self._vocab_size) for _ in range(length)]
