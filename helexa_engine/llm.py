@@ -21,8 +21,9 @@ from .sampling_params import SamplingParams, StructuredOutput
 if TYPE_CHECKING:
     import torch
 
-    from .runtime.engine import EngineStats
-    from .runtime.load import LoadedModel, ModelInfo, Progress
+    from .runtime.exchange import EngineStats, StepOutput
+    from .runtime.load import LoadedModel
+    from .runtime.model_info import ModelInfo, Progress
     from .text.tokenizer import Tokenizer
 
 #: A chat turn in OpenAI's shape.
@@ -245,19 +246,17 @@ class LLM:
 
     def stream_request(self, request: GenerateRequest) -> Iterator[Event]:
         """The events of one request as they come; as :meth:`stream`."""
-        events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        engine_request, event_maker = self._loaded.prepare(request)
-        unfinished = request.sampling_params.n
-        self._loaded.thread.submit(engine_request, event_maker, events.put)
+        outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        engine_request, events = self._loaded.prepare(request)
+        self._loaded.submit(engine_request, outputs.put)
         try:
-            while unfinished:
-                for event in events.get():
+            while not events.finished:
+                for event in events.push(outputs.get()):
                     if isinstance(event, Failed):
                         raise event.error
-                    unfinished -= isinstance(event, Finished)
                     yield event
         finally:
-            self._loaded.thread.abort(request.request_id)
+            self._loaded.abort(request.request_id)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """What the model predicts at each position of ``token_ids``, for people who compare.
@@ -277,16 +276,17 @@ class LLM:
 
         params = SamplingParams(max_tokens=1, temperature=0.0)
         request = GenerateRequest(prompt=list(token_ids), sampling_params=params)
-        engine_request, event_maker = self._loaded.prepare(request)
-        engine_request = dataclasses.replace(engine_request, on_prompt_logits=collect)
-        events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        self._loaded.thread.submit(engine_request, event_maker, events.put)
-        while True:
-            for event in events.get():
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Finished):
-                    return logits
+        outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        engine_request, events = self._loaded.prepare(request)
+        self._loaded.submit(engine_request, outputs.put, on_prompt_logits=collect)
+        try:
+            while not events.finished:
+                for event in events.push(outputs.get()):
+                    if isinstance(event, Failed):
+                        raise event.error
+        finally:
+            self._loaded.abort(request.request_id)
+        return logits
 
     def perplexity(self, text: str) -> float:
         """exp of the mean negative log probability of the tokens of ``text``, each given those before it.
@@ -326,18 +326,18 @@ class LLM:
 
     def _run(self, requests: Sequence[GenerateRequest], bar: bool) -> list[GenerationResult]:
         """Submits all requests at once and collects their events."""
-        events: queue.SimpleQueue[tuple[int, list[Event]]] = queue.SimpleQueue()
+        outputs: queue.SimpleQueue[tuple[int, StepOutput]] = queue.SimpleQueue()
         collectors = [Collector(r.sampling_params.n, r.sampling_params.logprobs is not None) for r in requests]
         prepared = [self._loaded.prepare(request) for request in requests]
         unfinished = sum(request.sampling_params.n for request in requests)
         with ExitStack() as stack:
             advance = stack.enter_context(_progress_bar(unfinished)) if bar else lambda: None
-            for i, (engine_request, event_maker) in enumerate(prepared):
-                stack.callback(self._loaded.thread.abort, engine_request.request_id)
-                self._loaded.thread.submit(engine_request, event_maker, _tagged(events, i))
+            for i, (engine_request, _) in enumerate(prepared):
+                self._loaded.submit(engine_request, _tagged(outputs, i))
+                stack.callback(self._loaded.abort, engine_request.request_id)
             while unfinished:
-                i, batch = events.get()
-                for event in batch:
+                i, output = outputs.get()
+                for event in prepared[i][1].push(output):
                     collectors[i].push(event)
                     if isinstance(event, Finished):
                         unfinished -= 1
@@ -345,8 +345,8 @@ class LLM:
         return [collector.result() for collector in collectors]
 
 
-def _tagged(events: queue.SimpleQueue[tuple[int, list[Event]]], index: int) -> Any:
-    return lambda batch: events.put((index, batch))
+def _tagged(outputs: queue.SimpleQueue[tuple[int, StepOutput]], index: int) -> Any:
+    return lambda output: outputs.put((index, output))
 
 
 @contextmanager

@@ -8,11 +8,9 @@ import errno
 import logging
 import signal
 import socket
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -32,18 +30,17 @@ from .auth import RequireApiKey
 from .config import ServerConfig
 from .endpoints import Generate
 from .energy import EnergyMeter
-from .errors import HANDLERS, CannotListen, as_helexa_error
+from .errors import HANDLERS, CannotListen
 from .http_protocol import HttpProtocol
+from .lifecycle.model_life import Engine, Load, ModelLife, Progress, Recovery
 from .logs import configure_logging
 from .metrics import ModelMetrics
 from .request_ids import RequestIds
 from .running_requests import RunningRequests
-from .served_model import Engine, ServedModel, ServedModels, model_name
+from .served_model import ServedModel, ServedModels, model_name
 from .wire import anthropic_messages, openai_chat, openai_completions, openai_responses
 
 log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 async def get_openapi(request: Request) -> Response:
@@ -133,13 +130,24 @@ def serve(
         if name not in names:
             raise InvalidRequest(f"sampling.{name}", f"no model of this name is served; expected {', '.join(names)}")
     configure_logging(server.log_format)
-    served = [ServedModel(name, sampling.get(name)) for name in names]
-    return asyncio.run(_serve(models, served, server, engine))
+    return asyncio.run(_serve(dict(zip(names, models, strict=True)), sampling, server, engine))
 
 
 async def _serve(
-    models: list[str], served: list[ServedModel], config: ServerConfig, engine_config: EngineConfig
+    models: Mapping[str, str],
+    sampling: Mapping[str, Mapping[str, Any]],
+    config: ServerConfig,
+    engine_config: EngineConfig,
 ) -> int:
+    """``models`` by the names they are served under."""
+
+    def loading_of(model: str) -> Load:
+        return lambda progress: load_engine(model, engine_config, config.watchdog_seconds, progress)
+
+    recovery = Recovery(config.recovery_limit, config.recovery_backoff_seconds)
+    served = [
+        ServedModel(name, sampling.get(name), ModelLife(loading_of(model), recovery)) for name, model in models.items()
+    ]
     app = create_app(served, config)
     with listen(config.host, config.port) as listener:
         server = Server(app, config)
@@ -147,7 +155,7 @@ async def _serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.stop)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        loading = asyncio.create_task(_load_all(models, served, engine_config))
+        loading = asyncio.create_task(_load_all(served))
         log.info("listening on %s", url(listener))
         try:
             await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
@@ -157,63 +165,25 @@ async def _serve(
         finally:
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
-            for model in served:
-                if model.engine is not None:
-                    await model.engine.aclose()
+            await asyncio.gather(*(model.life.stop() for model in served))
         if not loading.cancelled() and (error := loading.exception()) is not None:
             raise error
     return 0
 
 
-async def _load_all(models: list[str], served: Sequence[ServedModel], config: EngineConfig) -> None:
+async def _load_all(served: Sequence[ServedModel]) -> None:
     """Loads one model after the other, so that each sees the memory the ones before it left."""
-    for model, slot in zip(models, served, strict=True):
-        started = time.monotonic()
-        try:
-            slot.loaded(await load_engine(model, config, slot.report))
-        except Exception as error:
-            slot.failed(as_helexa_error(error))
-            raise
-        slot.load_seconds = time.monotonic() - started
-        log.info("%s is ready after %.1f s", slot.id, slot.load_seconds)
+    for model in served:
+        await model.life.start()
+        log.info("%s is ready after %.1f s", model.id, model.life.load_seconds)
 
 
-async def load_engine(model: str, config: EngineConfig, progress: Callable[[str, float], None]) -> Engine:
-    """The engine of ``model``, loaded in a thread of its own while the event loop goes on answering."""
+async def load_engine(model: str, config: EngineConfig, watchdog_seconds: float, progress: Progress) -> Engine:
+    """The engine of ``model``, in a worker process of its own."""
+    from helexa_engine.runtime.async_engine import AsyncEngine
 
-    def load() -> Engine:
-        from helexa_engine.runtime.async_engine import AsyncEngine  # brings torch
-
-        engine: Engine = AsyncEngine(model, config, progress=progress)
-        return engine
-
-    return await in_daemon_thread(load)
-
-
-async def in_daemon_thread(work: Callable[[], Result]) -> Result:
-    """``work()`` in a thread that nobody waits for at exit: a signal may end the server in the middle of a load."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-
-    def settle(result: Result | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="helexa-load", daemon=True).start()
-    return await future
+    engine: Engine = await AsyncEngine.load(model, config, progress=progress, watchdog_seconds=watchdog_seconds)
+    return engine
 
 
 def listen(host: str, port: int) -> socket.socket:

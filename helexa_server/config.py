@@ -52,6 +52,13 @@ class ServerConfig:
     stall_seconds: float = knob(
         60.0, "how long a client may read nothing of a stream before it counts as gone", low=0.01
     )
+    watchdog_seconds: float = knob(
+        120.0,
+        "how long a model's process may take over a step of 64 tokens, or be silent, before it is killed and started again",
+        low=0.1,
+    )
+    recovery_limit: int = knob(5, "times in a row that a model which dies is loaded again", low=0)
+    recovery_backoff_seconds: float = knob(1.0, "pause before the first of them; each next one doubles it", low=0.0)
     log_format: Literal["text", "json"] = knob("text", "how log lines look on stderr")
     shutdown_seconds: float = knob(10.0, "how long running requests may go on after a signal to stop", low=0)
 

@@ -35,10 +35,11 @@ from .errors import (
     error_response,
     status_of,
 )
+from .lifecycle.model_life import Engine
 from .request_ids import CLIENT_ID, REQUEST_ID
 from .request_record import RequestRecord
 from .running_requests import RunningRequests, Steerable
-from .served_model import RETRY_AFTER_SECONDS, Engine, ServedModel, ServedModels
+from .served_model import RETRY_AFTER_SECONDS, ServedModel, ServedModels
 from .wire import anthropic_messages, openai_chat
 from .wire.frame import Call, Frame, Projection, Wire, decode
 
@@ -317,20 +318,27 @@ async def apply_template(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """The process is up. Never waits for a model."""
-    return json_response({"status": "ok"})
+    """The process is up, and how its models are. Never waits for a model."""
+    models = [
+        {
+            "id": model.id,
+            "status": model.life.status,
+            "recoveries": model.life.recoveries,
+            "last_error": None if model.life.error is None else model.life.error.message,
+        }
+        for model in request.app.state.models
+    ]
+    return json_response({"status": "ok", "models": models})
 
 
 async def ready(request: Request) -> Response:
     """Every model can serve."""
-    loading = [
-        f"{model.id} ({model.progress[0]}, {model.progress[1]:.0%})"
-        for model in request.app.state.models
-        if model.engine is None
-    ]
-    if loading:
+    waiting = [model for model in request.app.state.models if model.engine is None]
+    if waiting:
+        stages = (f"{model.id} ({model.life.progress[0]}, {model.life.progress[1]:.0%})" for model in waiting)
         # Returned, not raised: a supervisor that polls is no rejected request to log.
-        error = ServiceUnavailable(f"still loading: {', '.join(loading)}", RETRY_AFTER_SECONDS)
+        retry_after = max(model.life.retry_after_seconds for model in waiting)
+        error = ServiceUnavailable(f"still loading: {', '.join(stages)}", retry_after)
         return error_response(error, request.scope)
     return json_response({"status": "ready"})
 
@@ -376,10 +384,10 @@ def _model_body(model: ServedModel) -> dict[str, Any]:
         "created": model.created,
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created)),
         "owned_by": "helexa",
-        "status": "loading" if model.engine is None else "ready",
+        "status": model.life.status,
     }
     if model.engine is None:
-        stage, fraction = model.progress
+        stage, fraction = model.life.progress
         body["progress"] = {"stage": stage, "fraction": fraction}
     else:
         body["max_model_len"] = model.engine.model_info.max_model_len

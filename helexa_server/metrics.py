@@ -100,6 +100,9 @@ def render(
             text.sample("vllm:request_success_total", "counter", f'{label},finished_reason="{reason}"', count)
         for code, count in metrics.failed.items():
             text.sample("helexa_request_failure_total", "counter", f'{label},code="{code}"', count)
+        text.sample("helexa_model_up", "gauge", label, int(model.engine is not None))
+        text.sample("helexa_recoveries_total", "counter", label, model.life.recoveries)
+        text.sample("helexa_recovery_seconds_total", "counter", label, model.life.recovery_seconds)
         if model.engine is None:
             continue
         stats = model.engine.stats()
@@ -118,8 +121,8 @@ def render(
         info = model.engine.model_info
         for kind in ("weight", "kv", "state", "snapshot"):
             text.sample("helexa_memory_bytes", "gauge", f'{label},kind="{kind}"', getattr(info, f"{kind}_bytes"))
-        if model.load_seconds is not None:
-            text.sample("helexa_load_seconds", "gauge", label, model.load_seconds)
+        if model.life.load_seconds is not None:
+            text.sample("helexa_load_seconds", "gauge", label, model.life.load_seconds)
     return text.render()
 
 

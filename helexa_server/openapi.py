@@ -72,6 +72,20 @@ class Status(msgspec.Struct):
     status: str
 
 
+class ModelHealth(msgspec.Struct):
+    """``status``: loading, ready, recovering, failed or unloaded. ``last_error``: what the model last died of."""
+
+    id: str
+    status: str
+    recoveries: int
+    last_error: str | None
+
+
+class Health(msgspec.Struct):
+    status: str
+    models: list[ModelHealth]
+
+
 class Version(msgspec.Struct):
     name: str
     version: str
@@ -174,7 +188,7 @@ OPERATIONS = (
     _act("stop-thinking", endpoints.stop_thinking, Stopped),
     _get("/v1/models", endpoints.list_models, ModelList),
     _get("/v1/models/{model_id}", endpoints.get_model, Model, 404),
-    _get("/health", endpoints.health, Status),
+    _get("/health", endpoints.health, Health),
     _get("/ready", endpoints.ready, Status, 503),
     _get("/version", endpoints.version, Version),
     _get("/discovery", endpoints.discovery, Discovery),

@@ -45,7 +45,9 @@ ARROWS: dict[str, set[str]] = {
     "helexa_engine.text.messages": {"helexa_engine.text"},
     "helexa_engine.presets": {"helexa_engine.quant", "helexa_engine.weights"},
     "helexa_engine.runtime.sequence": {"helexa_engine.cache"},
-    "helexa_engine.runtime.scheduler": {"helexa_engine.cache", "helexa_engine.runtime.sequence"},
+    "helexa_engine.runtime.scheduler": {
+        "helexa_engine.cache", "helexa_engine.runtime.sequence", "helexa_engine.runtime.step_pace",
+    },
     "helexa_engine.runtime.sampler": set(),
     "helexa_engine.runtime": {
         "helexa_engine.runtime", "helexa_engine.cache", "helexa_engine.cache.spec", "helexa_engine.models",
@@ -57,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "helexa_engine.cli": {
         "helexa_engine.llm", "helexa_engine.presets", "helexa_engine.quant", "helexa_engine.runtime", "helexa_engine.text",
         "helexa_engine.weights", "helexa_engine.models", "helexa_engine.ops", "helexa_engine._native", "helexa_server",
+        "helexa_engine.cache.spec",
     },
     "helexa_engine.testing": {
         "helexa_engine.weights", "helexa_engine.quant", "helexa_engine.runtime", "helexa_engine.text",

@@ -26,7 +26,7 @@ def serve(port: Connection) -> None:
 async def _serve(port: Connection) -> None:
     config = ServerConfig(port=0)
     model = ServedModel("fake")
-    model.loaded(FakeEngine(_script))  # type: ignore[arg-type]
+    model.life.loaded(FakeEngine(_script))  # type: ignore[arg-type]
     with listen(config.host, config.port) as listener:
         port.send(listener.getsockname()[1])
         await Server(create_app([model], config), config).serve(sockets=[listener])

@@ -1,18 +1,24 @@
-"""The engine for servers: requests in, asynchronous iterators of events out."""
+"""The engine for servers: requests in, asynchronous iterators of events out. The model lives in a worker process."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ..config import EngineConfig
 from ..errors import EngineDied
-from ..events import Event, Failed, Finished
+from ..events import Event, Failed
 from ..generate_request import GenerateRequest
-from .engine import EngineStats
-from .load import LoadedModel, ModelInfo, Progress, load_model
+from ..text.request_processor import RequestProcessor
+from ..weights.checkpoint import open_checkpoint
+from .exchange import EngineRequest, EngineStats, StepOutput
+from .model_info import ModelInfo, Progress
+from .request_events import RequestEvents, engine_request
+from .text_side import request_processor
+from .worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -21,41 +27,78 @@ if TYPE_CHECKING:
 class AsyncEngine:
     """One loaded model, answering many requests at once.
 
-    Loading blocks: in a server call this in a thread. The iterators may be used from any event loop.
+    Text is this process's work, the model is the worker's: templates, tokens, stop strings and parsers here, ids there. What the worker
+    dies of is a memory error or a crash of one model and ends no one else: :meth:`until_dead` tells, and a new engine is made.
+
+    The constructor blocks while the model loads; :meth:`load` does not. The iterators may be used from any event loop.
 
     Args:
         model: see :class:`helexa_engine.LLM`.
         config: how to load and run it.
-        progress: called with (stage, share done from 0 to 1).
+        progress: called with (stage, share done from 0 to 1), on another thread.
+        watchdog_seconds: see :class:`~.worker_process.WorkerProcess`.
 
     Raises:
-        ModelNotFound, UnsupportedCheckpoint, ModelDoesNotFit, InvalidRequest, BackendUnavailable.
+        ModelNotFound, UnsupportedCheckpoint, ModelDoesNotFit, InvalidRequest, BackendUnavailable, DownloadFailed.
+        EngineDied: the worker process ended while it loaded.
     """
 
     def __init__(
-        self, model: str | Path, config: EngineConfig | None = None, *, progress: Progress | None = None
+        self,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        progress: Progress | None = None,
+        watchdog_seconds: float = 120.0,
     ) -> None:
-        self._loaded = load_model(model, config or EngineConfig(), progress)
-        self._loaded.warm_grammars()
+        self._worker = WorkerProcess(
+            model, config or EngineConfig(), progress=progress, watchdog_seconds=watchdog_seconds
+        )
+        try:
+            self._loaded(_processor(self._worker.located.result()), self._worker.loaded.result())
+        except BaseException:
+            self._worker.kill()
+            raise
 
     @classmethod
-    def of(cls, loaded: LoadedModel) -> AsyncEngine:
-        """Around a model that is loaded already."""
+    async def load(
+        cls,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        progress: Progress | None = None,
+        watchdog_seconds: float = 120.0,
+    ) -> Self:
+        """The engine of ``model`` once it is loaded. Cancelling this ends the worker. Raises as the constructor."""
         engine = cls.__new__(cls)
-        engine._loaded = loaded
+        engine._worker = WorkerProcess(
+            model, config or EngineConfig(), progress=progress, watchdog_seconds=watchdog_seconds
+        )
+        try:
+            path = await asyncio.wrap_future(engine._worker.located)
+            processor = await asyncio.to_thread(_processor, path)  # while the worker loads
+            engine._loaded(processor, await asyncio.wrap_future(engine._worker.loaded))
+        except BaseException:
+            await asyncio.to_thread(engine._worker.kill)
+            raise
         return engine
+
+    def _loaded(self, processor: RequestProcessor, info: ModelInfo) -> None:
+        self._processor = processor
+        self.model_info = info
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._loaded.tokenizer
+        return self._processor.tokenizer
 
     @property
-    def model_info(self) -> ModelInfo:
-        return self._loaded.info
+    def worker_pid(self) -> int | None:
+        """The process that has the model."""
+        return self._worker.pid
 
     def stats(self) -> EngineStats:
-        """Gauges and counters; never waits for the device."""
-        return self._loaded.thread.stats()
+        """Gauges and counters as of the last step; never waits for the worker."""
+        return self._worker.stats()
 
     async def encode_chat(self, request: GenerateRequest) -> list[int]:
         """Token ids of the request's messages as the model would get them.
@@ -63,45 +106,56 @@ class AsyncEngine:
         Raises:
             InvalidRequest, TemplateRenderFailed.
         """
-        return await asyncio.to_thread(self._loaded.encode_chat, request)
+        return await asyncio.to_thread(self._processor.encode_chat, request)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event, None]:
         """The events of one request, as they come. Closing the iterator aborts the request within one step, in any phase.
 
         Raises:
-            HelexaError: the request is refused (before the first event), or the engine is dead. What fails later comes as
+            HelexaError: the request is refused or fails before its first event, or the engine is dead. What fails later comes as
                 :class:`Failed`.
         """
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[list[Event]] = asyncio.Queue()
+        outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
         # Rendering and encoding a long prompt takes milliseconds that other streams would feel.
-        engine_request, event_maker = await asyncio.to_thread(self._loaded.prepare, request)
+        asked, events = await asyncio.to_thread(self._prepare, request)
 
-        def deliver(events: list[Event]) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, events)
+        def receive(output: StepOutput) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        unfinished = request.sampling_params.n
-        self._loaded.thread.submit(engine_request, event_maker, deliver)
+        self._worker.submit(asked, receive)
+        begun = False
         try:
-            while unfinished:
-                for event in await queue.get():
-                    if isinstance(event, Failed):
-                        unfinished = 0
-                    elif isinstance(event, Finished):
-                        unfinished -= 1
+            while not events.finished:
+                for event in events.push(await outputs.get()):
+                    if isinstance(event, Failed) and not begun:
+                        raise event.error
+                    begun = True
                     yield event
         finally:
-            self._loaded.thread.abort(request.request_id)
+            self._worker.abort(request.request_id)
 
     def stop_thinking(self, request_id: str) -> bool:
         """Ends the reasoning of a running request, which goes on with its answer. False for an unknown id."""
-        return self._loaded.thread.stop_thinking(request_id)
+        return self._worker.stop_thinking(request_id)
+
+    async def until_dead(self) -> EngineDied:
+        """Waits for the end of the worker process and says why it ended."""
+        return await asyncio.wrap_future(self._worker.ended)
 
     async def aclose(self, timeout: float = 10.0) -> None:
-        """Ends running requests with :class:`EngineDied` and frees the model.
+        """Ends running requests with :class:`EngineDied` and frees the model, after the step under way; that is not waited for longer
+        than ``timeout`` seconds."""
+        await asyncio.to_thread(self._worker.close, timeout)
 
-        Raises:
-            EngineDied: the step under way did not end within ``timeout`` seconds; its thread ends with the process.
-        """
-        if not await asyncio.to_thread(self._loaded.close, timeout):
-            raise EngineDied(f"the engine did not stop within {timeout:g} seconds")
+    def _prepare(self, request: GenerateRequest) -> tuple[EngineRequest, RequestEvents]:
+        prepared = self._processor.prepare(request)
+        asked = engine_request(request, prepared)
+        asked.check(self.model_info.vocab_size, self.model_info.max_model_len)
+        return asked, RequestEvents(self._processor, prepared, partial(self._worker.abort, request.request_id))
+
+
+def _processor(path: Path) -> RequestProcessor:
+    """The text side of the model at ``path``; whether it fits the model is for the worker to say."""
+    with open_checkpoint(path) as checkpoint:
+        return request_processor(checkpoint)

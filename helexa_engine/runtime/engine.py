@@ -10,9 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import ContextLengthExceeded, HelexaError, InvalidRequest, Overloaded
-from ..events import Timings
-from ..sampling_params import SamplingParams
+from ..errors import HelexaError, Overloaded
+from .exchange import EngineRequest, EngineStats, StepOutput
 from .memory import LOGITS_ROWS
 from .model_runner import ModelRunner
 from .sampler import DAMAGED, Grammar, Logits, Logprobs, Sampler, SamplingFailed, log_probabilities, logprobs_of
@@ -23,110 +22,8 @@ from .sequence import Sequence
 if TYPE_CHECKING:
     import torch
 
-
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """One prompt to continue, ``params.n`` times.
-
-    Attributes:
-        prompt_token_ids: at least one.
-        params: with defaults filled in (:meth:`SamplingParams.with_defaults`).
-        eos_token_ids: end-of-turn tokens of the model; they end an answer unless ``ignore_eos``, and then too when a grammar is
-            complete.
-        make_grammar: gives each answer a constraint of its own, or None.
-        last_message_start: where in the prompt the last message begins, if it is a conversation: another prompt may well leave this
-            one there, so a snapshot of recurrent states is kept before it.
-        on_prompt_logits: called with (position, logits [rows, vocab_size]) for consecutive rows of the prompt; the array is
-            valid during the call only.
-        priority: lower is earlier.
-        owner: who asked; owners share the engine evenly.
-        max_queue_seconds: how long it may wait for its first seat; then it fails with :class:`Overloaded`. None: for ever.
-    """
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    eos_token_ids: frozenset[int] = frozenset()
-    make_grammar: Callable[[], Grammar] | None = None
-    on_prompt_logits: Callable[[int, Logits], None] | None = None
-    last_message_start: int | None = None
-    priority: int = 0
-    owner: str | None = None
-    max_queue_seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step did for one answer: one more token, its end, or the failure of its whole request.
-
-    Attributes:
-        token_id: the token; None when the request failed.
-        logprobs: of the token, when asked for.
-        prompt_logprobs: beside the first token, when asked for; entry 0 is None, nothing predicts the first token.
-        finish_reason: ``stop`` (an end token, which is ``token_id``) or ``length``; None while the answer goes on.
-        stop_token_id: the member of ``stop_token_ids`` that ended the answer; None for the model's own end-of-turn tokens.
-        cached_tokens: prompt tokens that this answer did not have to compute.
-        timings: up to this token.
-        error: why the request failed; its answers are gone.
-    """
-
-    request_id: str
-    index: int
-    token_id: int | None = None
-    logprobs: Logprobs | None = None
-    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    stop_token_id: int | None = None
-    cached_tokens: int = 0
-    timings: Timings = field(default_factory=lambda: Timings(0.0, 0.0, 0.0))
-    error: HelexaError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Gauges of now and counters since the start. A prompt counts when it is complete, once for each answer.
-
-    Attributes:
-        kv_pages_used: pages of running sequences; those that only the prefix cache holds are free for all who need them.
-        kv_pages_cached: the latter.
-        prefix_cache_queries_total, prefix_cache_hits_total: prompt tokens looked up in the prefix cache, and those found.
-        snapshots_used, snapshots_total: slots for snapshots of recurrent states.
-        num_waiting_tokens: tokens that those without a seat have to compute, if nothing of them is cached.
-        answers_total: answers that came to their end.
-        prompt_tokens_per_second, decode_tokens_per_second: measured lately, the latter of all sequences together; 0 before that.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_pages_used: int
-    kv_pages_total: int
-    prompt_tokens_total: int
-    generation_tokens_total: int
-    preemptions_total: int
-    steps_total: int
-    kv_pages_cached: int = 0
-    prefix_cache_queries_total: int = 0
-    prefix_cache_hits_total: int = 0
-    snapshots_used: int = 0
-    snapshots_total: int = 0
-    num_waiting_tokens: int = 0
-    answers_total: int = 0
-    prompt_tokens_per_second: float = 0.0
-    decode_tokens_per_second: float = 0.0
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of the KV pages in use by running sequences, 0 to 1."""
-        return self.kv_pages_used / self.kv_pages_total
-
-    @property
-    def queue_seconds(self) -> float | None:
-        """How long those that wait now will take: their prompts and answers of the usual length, at the measured rates. None before
-        an answer was measured."""
-        if not (self.answers_total and self.prompt_tokens_per_second and self.decode_tokens_per_second):
-            return None
-        answers = self.num_waiting * self.generation_tokens_total / self.answers_total
-        return self.num_waiting_tokens / self.prompt_tokens_per_second + answers / self.decode_tokens_per_second
+#: Called with (position, logits [rows, vocab_size]) for consecutive rows of a prompt; the array is valid during the call only.
+OnPromptLogits = Callable[[int, Logits], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -138,6 +35,7 @@ class _Answer:
     sampler: Sampler
     end_token_ids: frozenset[int]
     scores_prompt: bool
+    on_prompt_logits: OnPromptLogits | None = None
     num_scored: int = 0
     prompt_logprobs: list[Logprobs | None] = field(default_factory=lambda: [None])
 
@@ -185,35 +83,27 @@ class Engine:
         self._generation_tokens = 0
         self._finished_answers = 0
         self._steps = 0
+        self._step_tokens = 0
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
     def check(self, request: EngineRequest) -> None:
-        """Raises what :meth:`add_request` would. Reads only constants, so any thread may call it.
+        """Raises what :meth:`add_request` would. Reads only constants, so any thread may call it."""
+        request.check(self.vocab_size, self.max_model_len)
 
-        Raises:
-            ContextLengthExceeded: the prompt leaves no room for a single token of answer.
-            InvalidRequest: an empty prompt, or a token id outside the vocabulary.
+    def add_request(
+        self,
+        request: EngineRequest,
+        *,
+        make_grammar: Callable[[], Grammar] | None = None,
+        on_prompt_logits: OnPromptLogits | None = None,
+    ) -> None:
+        """Queues the request's answers. ``make_grammar`` gives each of them a constraint of its own.
+
+        Raises as :meth:`EngineRequest.check`.
         """
-        prompt, params = request.prompt_token_ids, request.params
-        if not prompt:
-            raise InvalidRequest("prompt", "expected at least one token, got none")
-        if len(prompt) >= self.max_model_len:
-            raise ContextLengthExceeded(len(prompt), self.max_model_len - 1)
-        for name, ids in (
-            ("prompt", prompt),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", tuple(params.logit_bias or ())),
-        ):
-            if ids and max(ids) >= self.vocab_size:
-                raise InvalidRequest(
-                    name, f"token id {max(ids)} is outside the vocabulary; expected less than {self.vocab_size}"
-                )
-
-    def add_request(self, request: EngineRequest) -> None:
-        """Queues the request's answers. Raises as :meth:`check`."""
         self.check(request)
         assert request.request_id not in self._requests, f"request {request.request_id} is already running"
         params, prompt = request.params, request.prompt_token_ids
@@ -238,11 +128,12 @@ class Engine:
                 index=index,
                 prompt_token_ids=prompt,
                 end_token_ids=sorted(request.eos_token_ids.union(params.stop_token_ids)),
-                grammar=request.make_grammar() if request.make_grammar else None,
+                grammar=make_grammar() if make_grammar else None,
             )
-            scores_prompt = params.prompt_logprobs is not None or request.on_prompt_logits is not None
+            scores_prompt = params.prompt_logprobs is not None or on_prompt_logits is not None
             # The prompt is the same for every answer: the first one scores it, and so has to compute it.
-            answer = _Answer(request, sequence, sampler, eos.union(params.stop_token_ids), scores_prompt and index == 0)
+            ends = eos.union(params.stop_token_ids)
+            answer = _Answer(request, sequence, sampler, ends, scores_prompt and index == 0, on_prompt_logits)
             sequence.reuses_prefix = not answer.scores_prompt
             answers.append(answer)
         self._requests[request.request_id] = answers
@@ -277,8 +168,8 @@ class Engine:
         outputs = self._end_overdue(started)
         if not chunks:
             return outputs
+        self._step_tokens = sum(chunk.num_tokens for chunk in chunks)
         hidden = self.runner.forward(chunks)
-        self._steps += 1
         sampling: list[tuple[_Answer, int]] = []
         first = 0
         for chunk in chunks:
@@ -308,6 +199,8 @@ class Engine:
                     outputs.append(self._sample(answer, row))
         num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
         self.scheduler.pace.observe(first - num_decodes, num_decodes, self._clock() - started)
+        self._steps += 1
+        self._step_tokens = 0
         return outputs
 
     def stats(self) -> EngineStats:
@@ -332,6 +225,7 @@ class Engine:
             answers_total=self._finished_answers,
             prompt_tokens_per_second=self.scheduler.pace.prompt_tokens_per_second,
             decode_tokens_per_second=self.scheduler.pace.decode_tokens_per_second,
+            step_tokens=self._step_tokens,
         )
 
     def seconds_to_save(self) -> float | None:
@@ -412,8 +306,8 @@ class Engine:
         for block in range(start, end, LOGITS_ROWS):
             rows = range(block, min(block + LOGITS_ROWS, end))
             logits = self.runner.logits(hidden, [row - chunk.start for row in rows])
-            if request.on_prompt_logits is not None:
-                request.on_prompt_logits(block, logits)
+            if answer.on_prompt_logits is not None:
+                answer.on_prompt_logits(block, logits)
             if request.params.prompt_logprobs is not None:
                 for row, values in zip(rows, logits, strict=True):
                     if row + 1 < sequence.num_prompt_tokens:

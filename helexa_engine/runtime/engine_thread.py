@@ -1,8 +1,4 @@
-"""The one thread that steps an engine. :class:`LLM` and :class:`AsyncEngine` both put requests in here and get events out.
-
-Text is handled on this thread too, right after the step that produced the tokens: a stop string then ends its answer before
-another token is computed, and an interrupt in the caller's thread never meets a half-done step.
-"""
+"""The one thread that steps an engine, in a worker process as under :class:`LLM`. It knows no text: ids go in and come out."""
 
 from __future__ import annotations
 
@@ -10,35 +6,19 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
 from ..errors import EngineDied, HelexaError, InvalidRequest
-from ..events import Event, Failed, Finished
-from .engine import Engine, EngineRequest, EngineStats, StepOutput
+from .engine import Engine, OnPromptLogits
+from .exchange import EngineRequest, EngineStats, StepOutput
+from .sampler import Grammar
 
 log = logging.getLogger(__name__)
 
-Deliver = Callable[[list[Event]], None]
-
-
-class EventMaker(Protocol):
-    """Turns what the engine says about one request into events (detokenizer, stop strings, parsers)."""
-
-    def push(self, output: StepOutput) -> list[Event]:
-        """Events of one step of one answer; a :class:`Finished` among them ends the answer, also where the engine goes on."""
-        ...
-
-
-class _Running:
-    """A request in flight."""
-
-    def __init__(self, request: EngineRequest, events: EventMaker, deliver: Deliver) -> None:
-        self.request = request
-        self.events = events
-        self.deliver = deliver
-        self.unfinished = set(range(request.params.n))
+#: Takes what a step did for all its answers, on the engine's thread. Called with an empty list after a round without outputs, when
+#: only the stats have changed.
+Deliver = Callable[[list[StepOutput]], None]
 
 
 class EngineThread:
@@ -48,22 +28,30 @@ class EngineThread:
     more than either gives.
     """
 
-    def __init__(self, engine: Engine, name: str = "engine") -> None:
+    def __init__(self, engine: Engine, deliver: Deliver, name: str = "engine") -> None:
         self._engine = engine
-        self._running: dict[str, _Running] = {}
+        self._deliver = deliver
+        self._running: dict[str, set[int]] = {}  # answers that have not ended
         self._commands: deque[Callable[[], None]] = deque()
+        self._refused: list[StepOutput] = []
         self._wake = threading.Condition()
         self._closing = False
         self._died: EngineDied | None = None
         self._thread = threading.Thread(target=self._run, name=f"helexa-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, request: EngineRequest, events: EventMaker, deliver: Deliver) -> None:
-        """Queues a request. ``deliver`` gets its events on the engine's thread and must not block.
+    def submit(
+        self,
+        request: EngineRequest,
+        *,
+        make_grammar: Callable[[], Grammar] | None = None,
+        on_prompt_logits: OnPromptLogits | None = None,
+    ) -> None:
+        """Queues a request; see :meth:`Engine.add_request`.
 
         Raises:
             EngineDied: the engine stopped on a fault or was closed.
-            InvalidRequest, ContextLengthExceeded: see :meth:`Engine.check`; or the id is already running.
+            InvalidRequest, ContextLengthExceeded: see :meth:`EngineRequest.check`; or the id is already running.
         """
         self._engine.check(request)
         with self._wake:
@@ -71,16 +59,25 @@ class EngineThread:
                 raise EngineDied("the engine is closed") from self._died
             if request.request_id in self._running:
                 raise InvalidRequest("request_id", f"{request.request_id!r} is already running")
-            self._running[request.request_id] = _Running(request, events, deliver)
-            self._commands.append(lambda: self._add(request))
+            self._running[request.request_id] = set(range(request.params.n))
+            self._commands.append(lambda: self._add(request, make_grammar, on_prompt_logits))
             self._wake.notify()
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request before the next step; its pages are then free and no further event comes. Unknown ids are no error."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its answers, before the next step; its pages are then free and no output comes any more.
+
+        Unknown ids are no error.
+        """
         with self._wake:
-            if self._running.pop(request_id, None) is not None:
-                self._commands.append(lambda: self._engine.abort(request_id))
-                self._wake.notify()
+            unfinished = self._running.get(request_id)
+            if unfinished is None:
+                return
+            if index is not None:
+                unfinished.discard(index)
+            if index is None or not unfinished:
+                del self._running[request_id]
+            self._commands.append(lambda: self._engine.abort(request_id, index))
+            self._wake.notify()
 
     def stop_thinking(self, request_id: str) -> bool:
         """Ends the reasoning of a request before the next step. False for an unknown id."""
@@ -108,6 +105,10 @@ class EngineThread:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    def join(self) -> None:
+        """Waits until the engine has stopped, however it does."""
+        self._thread.join()
+
     # -- On the engine's thread
 
     def _run(self) -> None:
@@ -124,8 +125,9 @@ class EngineThread:
                     self._engine.save(self._is_wanted)
                 for command in commands:
                     command()
-                for output in self._engine.step():
-                    self._dispatch(output)
+                outputs = self._refused + self._engine.step()
+                self._refused = []
+                self._deliver(self._of_running(outputs))
             self._end(EngineDied("the engine was closed while the request ran"))
             in_order = True
         except BaseException as error:
@@ -138,57 +140,39 @@ class EngineThread:
     def _is_wanted(self) -> bool:
         return bool(self._commands or self._closing or self._engine.has_work)
 
-    def _add(self, request: EngineRequest) -> None:
+    def _add(
+        self,
+        request: EngineRequest,
+        make_grammar: Callable[[], Grammar] | None,
+        on_prompt_logits: OnPromptLogits | None,
+    ) -> None:
         try:
-            self._engine.add_request(request)
-        except Exception as error:  # a grammar that does not compile is one request's failure
-            self._fail(request.request_id, error)
+            self._engine.add_request(request, make_grammar=make_grammar, on_prompt_logits=on_prompt_logits)
+        except Exception as error:  # a grammar's fault is one request's failure
+            if not isinstance(error, HelexaError):
+                log.error("request %s failed", request.request_id, exc_info=error)
+                failure = HelexaError(f"the request failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                error = failure
+            self._refused.append(StepOutput(request.request_id, error=error))
 
-    def _dispatch(self, output: StepOutput) -> None:
-        running = self._running.get(output.request_id)
-        if running is None or output.index not in running.unfinished:
-            return
-        if output.error is not None:
-            self._fail(output.request_id, output.error)
-            return
-        try:
-            events = running.events.push(output)
-            for event in events:
-                if isinstance(event, Finished):
-                    running.unfinished.discard(event.index)
-                    if output.finish_reason is None:
-                        self._engine.abort(output.request_id, event.index)
-            if not running.unfinished:
-                with self._wake:
-                    self._running.pop(output.request_id, None)
-            running.deliver(events)
-        except Exception as error:  # a parser's fault, or a receiver that is gone
-            self._fail(output.request_id, error)
-
-    def _fail(self, request_id: str, error: Exception) -> None:
-        """One request ends with ``error``; the others go on."""
-        self._engine.abort(request_id)
+    def _of_running(self, outputs: list[StepOutput]) -> list[StepOutput]:
+        """Without those that an abort has overtaken; notes which answers have ended."""
+        kept = []
         with self._wake:
-            running = self._running.pop(request_id, None)
-        if running is None:
-            return
-        if not isinstance(error, HelexaError):
-            log.error("request %s failed", request_id, exc_info=error)
-            failure = HelexaError(f"the request failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            error = failure
-        _deliver_quietly(running, Failed(error))
+            for output in outputs:
+                unfinished = self._running.get(output.request_id)
+                if unfinished is None or not (output.error or output.index in unfinished):
+                    continue
+                kept.append(output)
+                if output.finish_reason is not None:
+                    unfinished.discard(output.index)
+                if output.error is not None or not unfinished:
+                    del self._running[output.request_id]
+        return kept
 
     def _end(self, died: EngineDied) -> None:
         with self._wake:
             self._died = died
-            running, self._running = list(self._running.values()), {}
-        for request in running:
-            _deliver_quietly(request, Failed(died))
-
-
-def _deliver_quietly(running: _Running, event: Event) -> None:
-    try:
-        running.deliver([event])
-    except Exception:  # the receiver's event loop is closed: nobody is left to tell
-        log.debug("request %s has no receiver any more", running.request.request_id)
+            running, self._running = list(self._running), {}
+        self._deliver([StepOutput(request_id, error=died) for request_id in running])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..cache.page_pool import PagePool
@@ -15,70 +15,48 @@ from ..config import EngineConfig
 from ..generate_request import GenerateRequest
 from ..models.registry import model_class
 from ..ops.registry import native_core
-from ..text.chat_template import ChatTemplate
 from ..text.request_processor import RequestProcessor
-from ..text.tokenizer import Tokenizer
+from ..text.structured import GrammarCompiler
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
 from . import quant_cache, saved_prefixes
-from .engine import Engine, EngineRequest
+from .engine import Engine, OnPromptLogits
 from .engine_thread import EngineThread
+from .exchange import EngineRequest
 from .locate import locate_model, model_name
 from .memory import MemoryPlan
 from .model_fingerprint import model_fingerprint
+from .model_info import ModelInfo, Progress
 from .model_runner import Model, ModelRunner
 from .plan import plan_model
 from .request_events import RequestEvents, engine_request
+from .routes import Receive, Routes
 from .saved_prefixes import SavedPrefixes
 from .scheduler import Scheduler
+from .text_side import request_processor
 
 log = logging.getLogger(__name__)
 
-#: Called with (stage, share done from 0 to 1).
-Progress = Callable[[str, float], None]
-
 
 @dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """Facts about a loaded model.
+class LoadedEngine:
+    """An engine ready to step, the text side that goes with it, and the facts."""
 
-    Attributes:
-        name: stem of the file, name of the folder, the hub id, or ``demo``.
-        path: where it was loaded from.
-        architecture: HuggingFace's ``model_type``.
-        vocab_size: width of the logits.
-        max_model_len: longest prompt plus answer, in tokens, derived from what fits.
-        weight_bytes, kv_bytes, state_bytes, snapshot_bytes: memory taken by weights and reserved for KV pages, recurrent states
-            and their snapshots in the prefix cache.
-        capabilities: what may be asked of it, as its chat template was seen to do.
-    """
-
-    name: str
-    path: Path
-    architecture: str
-    vocab_size: int
-    max_model_len: int
-    weight_bytes: int
-    kv_bytes: int
-    state_bytes: int
-    snapshot_bytes: int = 0
-    capabilities: dict[str, bool] = field(default_factory=dict)
-
-    @property
-    def limit(self) -> dict[str, int]:
-        """``{context, input, output}`` in tokens: an answer needs a prompt of at least one token, and the other way round."""
-        context = self.max_model_len
-        return {"context": context, "input": context - 1, "output": context - 1}
+    engine: Engine
+    processor: RequestProcessor
+    info: ModelInfo
 
 
 class LoadedModel:
-    """A model that runs: what :class:`helexa_engine.LLM` and :class:`helexa_engine.AsyncEngine` have in common."""
+    """A model that runs in this process: what is below :class:`helexa_engine.LLM`."""
 
     def __init__(self, engine: Engine, processor: RequestProcessor, info: ModelInfo) -> None:
         self.tokenizer = processor.tokenizer
         self.info = info
+        self.grammars = GrammarCompiler(processor.tokenizer)
         self._processor = processor
-        self.thread = EngineThread(engine, info.name)
+        self._routes = Routes()
+        self.thread = EngineThread(engine, self._routes.deliver, info.name)
 
     def prepare(self, request: GenerateRequest) -> tuple[EngineRequest, RequestEvents]:
         """The request in the engine's terms, and what turns its tokens into events. Any thread may call this.
@@ -87,15 +65,27 @@ class LoadedModel:
             InvalidRequest, TemplateRenderFailed: see :meth:`RequestProcessor.prepare`.
         """
         prepared = self._processor.prepare(request)
-        return engine_request(request, prepared), RequestEvents(self._processor, prepared)
+        events = RequestEvents(self._processor, prepared, partial(self.abort, request.request_id))
+        return engine_request(request, prepared), events
 
-    def encode_chat(self, request: GenerateRequest) -> list[int]:
-        """Token ids of the request's messages as the model would get them. Raises what :meth:`prepare` raises for them."""
-        return self._processor.encode_chat(request)
+    def submit(
+        self, request: EngineRequest, receive: Receive, *, on_prompt_logits: OnPromptLogits | None = None
+    ) -> None:
+        """Starts a request; ``receive`` gets its outputs on the engine's thread. Raises as :meth:`EngineThread.submit`, and what the
+        compiler says of the constraint."""
+        make_grammar = None if request.constraint is None else self.grammars.maker(request.constraint)
+        self._routes.open(request.request_id, receive)
+        try:
+            self.thread.submit(request, make_grammar=make_grammar, on_prompt_logits=on_prompt_logits)
+        except BaseException:
+            self._routes.close(request.request_id)
+            raise
 
-    def warm_grammars(self) -> None:
-        """Prepares for structured output now, so that no running answer waits for it later."""
-        self._processor.grammars.warm()
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its answers, before the next step. Unknown ids are no error."""
+        if index is None:
+            self._routes.close(request_id)
+        self.thread.abort(request_id, index)
 
     def close(self, timeout: float) -> bool:
         """Ends running requests and frees the model; False when the step under way took longer than ``timeout`` seconds."""
@@ -103,7 +93,13 @@ class LoadedModel:
 
 
 def load_model(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
-    """Loads a model and starts its engine. Blocks; see :class:`helexa_engine.LLM` for arguments and errors."""
+    """Loads a model and starts its engine in this process; as :func:`load_engine`."""
+    loaded = load_engine(model, config, progress)
+    return LoadedModel(loaded.engine, loaded.processor, loaded.info)
+
+
+def load_engine(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
+    """Loads a model. Blocks; see :class:`helexa_engine.LLM` for arguments and errors."""
     if config.num_threads is not None and (core := native_core()) is not None:
         core.set_num_threads(config.num_threads)
     report = progress or (lambda stage, fraction: None)
@@ -114,7 +110,8 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         build = model_class(checkpoint.architecture, checkpoint.where)
         plan = plan_model(checkpoint, config, name=model_name(model, path))
         log.info("%s: %s", path.name, plan.memory)
-        processor = _request_processor(checkpoint, plan.config.vocab_size)
+        processor = request_processor(checkpoint)
+        processor.tokenizer.check_fits(plan.config.vocab_size)
         net = build(plan.config, plan.memory.max_model_len)
         cached = _cached(checkpoint, config, plan.name, report) if plan.from_quant_cache else None
         load_weights(
@@ -148,7 +145,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
         capabilities=processor.capabilities(),
     )
     report("ready", 1.0)
-    return LoadedModel(engine, processor, info)
+    return LoadedEngine(engine, processor, info)
 
 
 def _cached(checkpoint: Checkpoint, config: EngineConfig, name: str, report: Progress) -> Checkpoint | None:
@@ -175,18 +172,6 @@ def _saved_prefixes(path: Path, fingerprint: dict[str, str], limit: int, engine:
     saved = SavedPrefixes(path, fingerprint, limit, prefixes, engine.runner)
     saved.restore()
     return saved
-
-
-def _request_processor(checkpoint: Checkpoint, vocab_size: int) -> RequestProcessor:
-    """The text side of the model. Raises :class:`UnsupportedCheckpoint` when its tokenizer has more tokens than the model."""
-    if checkpoint.metadata is not None:
-        tokenizer = Tokenizer.from_gguf(checkpoint.metadata, checkpoint.where)
-    else:
-        tokenizer = Tokenizer.from_folder(checkpoint.path)
-    tokenizer.check_fits(vocab_size)
-    template = checkpoint.chat_template
-    chat_template = ChatTemplate.for_tokenizer(template, tokenizer) if template else None
-    return RequestProcessor(tokenizer, chat_template, checkpoint.generation_config)
 
 
 def build_engine(

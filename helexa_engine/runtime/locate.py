@@ -7,7 +7,7 @@ from pathlib import Path
 from .. import env
 from ..errors import ModelNotFound
 from ..weights import hub
-from ..weights.loader import Progress
+from .model_info import Progress
 
 
 def locate_model(model: str | Path, *, offline: bool = False, progress: Progress | None = None) -> Path:

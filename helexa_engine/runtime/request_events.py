@@ -1,23 +1,70 @@
-"""From the engine's steps to the events of one request: the seam between token ids and text."""
+"""From the engine's steps to the events of one request: the seam between token ids and text.
+
+It runs beside whoever reads the events, never in the engine's step loop: :class:`LLM` in the caller's thread, :class:`AsyncEngine` in
+the reader's event loop.
+"""
 
 from __future__ import annotations
 
-from ..events import Event, PromptProcessed, TokenLogprob
+import logging
+from collections.abc import Callable
+
+from ..errors import HelexaError
+from ..events import Event, Failed, Finished, PromptProcessed, TokenLogprob
 from ..generate_request import GenerateRequest
 from ..text.request_processor import OutputProcessor, PreparedRequest, RequestProcessor
-from .engine import EngineRequest, StepOutput
+from .exchange import EngineRequest, StepOutput
 from .sampler import Logprobs
+
+log = logging.getLogger(__name__)
 
 
 class RequestEvents:
-    """Feeds each answer's tokens to its :class:`OutputProcessor`, with :class:`PromptProcessed` ahead of the first."""
+    """Feeds each answer's tokens to its :class:`OutputProcessor`, with :class:`PromptProcessed` ahead of the first.
 
-    def __init__(self, processor: RequestProcessor, prepared: PreparedRequest) -> None:
+    Args:
+        abort: tells the engine that the answer of this index is complete, or that all are (None): its text ended it.
+
+    Attributes:
+        finished: every answer has ended, or the request failed.
+    """
+
+    def __init__(
+        self, processor: RequestProcessor, prepared: PreparedRequest, abort: Callable[[int | None], None]
+    ) -> None:
         self._processor = processor
         self._prepared = prepared
+        self._abort = abort
         self._outputs: dict[int, OutputProcessor] = {}
+        self._unfinished = set(range(prepared.params.n))
+
+    @property
+    def finished(self) -> bool:
+        return not self._unfinished
 
     def push(self, output: StepOutput) -> list[Event]:
+        """Events of one step of one answer. None for what the engine computed before it heard of the end."""
+        if output.error is not None:
+            self._unfinished.clear()
+            return [Failed(output.error)]
+        if output.index not in self._unfinished:
+            return []
+        try:
+            events = self._events(output)
+        except Exception as error:  # a parser's fault
+            log.error("a request failed", exc_info=error)
+            self._unfinished.clear()
+            self._abort(None)
+            failure = HelexaError(f"the request failed: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            return [Failed(failure)]
+        if any(isinstance(event, Finished) for event in events):
+            self._unfinished.discard(output.index)
+            if output.finish_reason is None:
+                self._abort(output.index)
+        return events
+
+    def _events(self, output: StepOutput) -> list[Event]:
         assert output.token_id is not None
         events: list[Event] = [] if self._outputs else [self._prompt_processed(output)]
         answer = self._outputs.get(output.index)
@@ -52,7 +99,7 @@ def engine_request(request: GenerateRequest, prepared: PreparedRequest) -> Engin
         prepared.prompt_token_ids,
         prepared.params,
         prepared.eos_token_ids,
-        prepared.make_grammar,
+        prepared.constraint,
         last_message_start=prepared.last_message_start,
         priority=request.priority,
         owner=request.owner,

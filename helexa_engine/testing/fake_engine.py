@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import EngineDied
 from ..events import ContentDelta, Event, Finished, PromptProcessed, Timings, Usage
 from ..generate_request import GenerateRequest
-from ..runtime.engine import EngineStats
+from ..runtime.exchange import EngineStats
 
 #: A step of a script: an event, a pause in seconds, or an exception to raise.
 Step = Event | float | BaseException
@@ -79,6 +79,7 @@ class FakeEngine:
         self.told_to_answer: list[str] = []
         self.num_running = 0
         self.closed = False
+        self._dead: asyncio.Queue[EngineDied] = asyncio.Queue()
 
     async def encode_chat(self, request: GenerateRequest) -> list[int]:
         """The contents of the messages, one token a byte."""
@@ -112,6 +113,14 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(self.num_running, 0, 0, 1, 0, 0, 0, 0)
+
+    def die(self, error: EngineDied) -> None:
+        """Lets :meth:`until_dead` return; scripts end by themselves."""
+        self.closed = True
+        self._dead.put_nowait(error)
+
+    async def until_dead(self) -> EngineDied:
+        return await self._dead.get()
 
     async def aclose(self, timeout: float = 10.0) -> None:
         self.closed = True

@@ -38,8 +38,8 @@ from .output_parser import (
     Reasoning,
 )
 from .stop_checker import StopChecker
-from .structured import GrammarCompiler, GrammarState
-from .thinking import Thinking, ThinkingControl
+from .structured import Constraint, Rules, call_rules, format_rules
+from .thinking import Thinking
 from .tokenizer import Tokenizer
 from .tool_calls import OPEN_CALL
 
@@ -54,7 +54,7 @@ class PreparedRequest:
         prompt_token_ids: the rendered and encoded prompt.
         params: with the model's defaults filled in.
         eos_token_ids: end-of-turn tokens of the model.
-        make_grammar: gives each answer its own constraint, the end of its thinking included; None when nothing holds it.
+        constraint: what holds its answers, the end of their thinking included; None when nothing does.
         make_output: gives answer ``index`` its own :class:`OutputProcessor`.
         prompt_text: the prompt's text, when the request asked for ``echo``.
         last_message_start: where in the prompt of a conversation the last message begins, as far as the template shows it.
@@ -63,14 +63,14 @@ class PreparedRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     eos_token_ids: frozenset[int]
-    make_grammar: Callable[[], GrammarState | ThinkingControl] | None
+    constraint: Constraint | None
     make_output: Callable[[int], OutputProcessor]
     prompt_text: str | None = None
     last_message_start: int | None = None
 
 
 class RequestProcessor:
-    """Tokenizer, chat template, sampling defaults and grammars of one model."""
+    """Tokenizer, chat template and sampling defaults of one model."""
 
     def __init__(
         self,
@@ -82,7 +82,6 @@ class RequestProcessor:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.generation_config = dict(generation_config or {})
-        self.grammars = GrammarCompiler(tokenizer)
         if chat_template is not None:
             log.info("chat template: %s", chat_template.capabilities)
         self._message_opening = None if chat_template is None else _message_opening(chat_template, tokenizer)
@@ -131,7 +130,7 @@ class RequestProcessor:
             prompt_token_ids=tuple(prompt_token_ids),
             params=params,
             eos_token_ids=frozenset(self.tokenizer.eos_token_ids),
-            make_grammar=self._make_grammar(request, params, tools, thinking),
+            constraint=self._constraint(request, params, tools, thinking),
             make_output=make_output,
             prompt_text=prompt_text if request.echo else None,
             last_message_start=self._last_message_start(prompt_token_ids, request) if chat else None,
@@ -241,51 +240,38 @@ class RequestProcessor:
 
     # -- answer --------------------------------------------------------------------------------------------------------
 
-    def _make_grammar(
+    def _constraint(
         self,
         request: GenerateRequest,
         params: SamplingParams,
         tools: Sequence[Mapping[str, Any]] | None,
         thinking: Thinking,
-    ) -> Callable[[], GrammarState | ThinkingControl] | None:
-        """Compiles here, so that a bad schema is refused before anything is computed and nobody waits for it; answers get copies."""
-        first = self._grammar(request, params, tools, thinking)
-        if self.grammars.thinking_control(thinking, None, None) is not None:
+    ) -> Constraint | None:
+        rules = self._rules(request, params, tools)
+        if rules is None and (thinking == "no" or self.tokenizer.token_id(CLOSE_THINK) is None):
+            return None
+        return Constraint(rules, thinking, params.thinking_budget)
 
-            def control() -> ThinkingControl:
-                made = self.grammars.thinking_control(
-                    thinking, params.thinking_budget, None if first is None else first.copy()
-                )
-                assert made is not None
-                return made
-
-            return control
-        return None if first is None else first.copy
-
-    def _grammar(
-        self,
-        request: GenerateRequest,
-        params: SamplingParams,
-        tools: Sequence[Mapping[str, Any]] | None,
-        thinking: Thinking,
-    ) -> GrammarState | None:
-        """The constraint of the request, at its beginning."""
+    def _rules(
+        self, request: GenerateRequest, params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None
+    ) -> Rules | None:
+        """What the answer must look like after any thinking."""
         choice, spec = request.tool_choice, params.structured
         if not tools:
-            return None if spec is None else self.grammars.compile(spec, thinking)
+            return None if spec is None else format_rules(spec)
         several, answer = request.parallel_tool_calls, None
         if choice == "auto":
             if spec is None:
                 return None
             if spec.json_schema is None and not spec.json_object:  # cannot stand beside calls in one grammar
-                return self.grammars.compile(spec, thinking)
+                return format_rules(spec)
             answer = spec
         # A forced call leaves no text for a format to hold.
         if isinstance(choice, Mapping):
             named = choice.get("name") or choice["function"]["name"]
             tools, several = [tool for tool in tools if tool["function"]["name"] == named], False
         syntax = self._template().capabilities.tool_syntax or "json"
-        return self.grammars.compile_tool_calls(tools, syntax=syntax, thinking=thinking, several=several, answer=answer)
+        return call_rules(self.tokenizer, tools, syntax=syntax, several=several, answer=answer)
 
     def token_logprob(
         self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]] = ()

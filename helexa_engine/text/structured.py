@@ -1,7 +1,8 @@
 """Structured output: what may come next under a JSON Schema, regular expression, grammar or tool list.
 
-The grammars run in ``llguidance``. :class:`GrammarCompiler` holds what is shared by a model, :class:`GrammarState` is the
-constraint of one answer.
+A request's constraint is first words: :class:`Rules` in a :class:`Constraint`, plain data that may cross to another process. Where
+the tokens are sampled it is compiled: the grammars run in ``llguidance``, :class:`GrammarCompiler` holds what is shared by a model,
+:class:`GrammarState` is the constraint of one answer.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -39,6 +41,31 @@ class GrammarFailed(HelexaError):
     """The grammar ran out of its bounds on work or states while an answer was generated."""
 
     code = "grammar_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an answer must look like, in words.
+
+    Attributes:
+        kind: what ``text`` is written in: JSON Schema, llguidance's regular expressions or Lark, llama.cpp's GBNF.
+        path: where it stood in the request, for an error that it cannot be enforced.
+        part: what stands inside ``text`` and is to be enforced whole; compiled by itself first, for an error that names it.
+    """
+
+    kind: Literal["json_schema", "regex", "lark", "gbnf"]
+    text: str
+    path: str
+    part: Rules | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """All that holds an answer: ``rules`` after its thinking, if any, and the end of its thinking."""
+
+    rules: Rules | None
+    thinking: Thinking = "no"
+    thinking_budget: int | None = None
 
 
 class GrammarState:
@@ -182,50 +209,28 @@ class GrammarCompiler:
     def new_mask(self) -> npt.NDArray[np.int32]:
         return np.zeros((self.vocab_size + 31) // 32, np.int32)
 
-    def compile(self, spec: StructuredOutput, thinking: Thinking = "no") -> GrammarState:
-        """The constraint of ``spec``, at its beginning. Raises :class:`InvalidRequest` naming what is not supported."""
-        if spec.json_object or spec.json_schema is not None:
-            return self._state("json_schema", json.dumps(_json_schema(spec)), _path(spec), thinking)
-        if spec.regex is not None:
-            return self._state("regex", spec.regex, _path(spec), thinking)
-        assert spec.grammar is not None
-        return self._state("lark", _lark(spec.grammar, _path(spec)), _path(spec), thinking)
-
-    def compile_tool_calls(
-        self,
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        syntax: str = "json",
-        thinking: Thinking = "no",
-        several: bool = True,
-        answer: StructuredOutput | None = None,
-    ) -> GrammarState:
-        """Calls of ``tools`` and nothing else, in the template's ``syntax`` (``json`` or ``xml``).
-
-        Schema keywords of a tool that cannot be enforced are left to the model: the caller forced a call, not a validation.
-
-        Args:
-            several: whether more than one call may be made.
-            answer: JSON that may be given instead of a call; its schema is enforced whole.
-        """
-        known = {tag for tag in (OPEN_CALL, CLOSE_CALL) if self._tokenizer.token_id(tag) is not None}
-        rules = (_xml_calls if syntax == "xml" else _json_calls)(tools, known)
-        calls = 'calls: call ("\\n" call)*' if several else "calls: call"
-        if answer is None:
-            return self._state("lark", f"start: calls\n{calls}\n{rules}", "tools", thinking)
-        # By itself first: what is not supported in it is to be named, and not taken for a fault of the tools.
-        self._state("json_schema", json.dumps(schema := _json_schema(answer)), _path(answer), thinking)
-        text = json.dumps(schema | {"x-guidance": _JSON})
-        return self._state(
-            "lark", f"start: calls | answer\nanswer: %json {text}\n{calls}\n{rules}", _path(answer), thinking
-        )
-
-    def _state(self, kind: str, text: str, path: str, thinking: Thinking) -> GrammarState:
+    def compile(self, rules: Rules, thinking: Thinking = "no") -> GrammarState:
+        """The constraint of ``rules``, at its beginning. Raises :class:`InvalidRequest` naming what is not supported."""
+        if rules.part is not None:
+            self.compile(rules.part)
+        text = _lark(rules.text, rules.path) if rules.kind == "gbnf" else rules.text
         with self._lock:
-            error, matcher = self._matcher(kind, text)
+            error, matcher = self._matcher("lark" if rules.kind == "gbnf" else rules.kind, text)
         if error:
-            raise InvalidRequest(path, f"not supported as a constraint: {error}")
+            raise InvalidRequest(rules.path, f"not supported as a constraint: {error}")
         return GrammarState(matcher.deep_copy(), self, thinking)
+
+    def maker(self, constraint: Constraint) -> Callable[[], GrammarState | ThinkingControl]:
+        """Compiles ``constraint``; the result gives each answer a state of its own. Raises as :meth:`compile`."""
+        first = None if constraint.rules is None else self.compile(constraint.rules, constraint.thinking)
+
+        def make() -> GrammarState | ThinkingControl:
+            held = None if first is None else first.copy()
+            made = self.thinking_control(constraint.thinking, constraint.thinking_budget, held) or held
+            assert made is not None, "a constraint that constrains nothing"
+            return made
+
+        return make
 
     def _build(self, kind: str, text: str) -> tuple[str, Any]:
         from llguidance import LLMatcher
@@ -263,10 +268,48 @@ class GrammarCompiler:
         return LLTokenizer(TokenizerWrapper(Adapter()), eos_token=ends)
 
 
+def format_rules(spec: StructuredOutput) -> Rules:
+    """Raises :class:`InvalidRequest` for a schema that is none."""
+    path = _path(spec)
+    if spec.json_object or spec.json_schema is not None:
+        return Rules("json_schema", json.dumps(_json_schema(spec)), path)
+    if spec.regex is not None:
+        return Rules("regex", spec.regex, path)
+    assert spec.grammar is not None
+    return Rules("gbnf" if "::=" in spec.grammar else "lark", spec.grammar, path)  # which is no Lark
+
+
+def call_rules(
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    syntax: str = "json",
+    several: bool = True,
+    answer: StructuredOutput | None = None,
+) -> Rules:
+    """Calls of ``tools`` and nothing else, in the template's ``syntax`` (``json`` or ``xml``).
+
+    Schema keywords of a tool that cannot be enforced are left to the model: the caller forced a call, not a validation.
+
+    Args:
+        several: whether more than one call may be made.
+        answer: JSON that may be given instead of a call; its schema is enforced whole.
+
+    Raises:
+        InvalidRequest: the schema of ``answer`` is none.
+    """
+    known = {tag for tag in (OPEN_CALL, CLOSE_CALL) if tokenizer.token_id(tag) is not None}
+    rules = (_xml_calls if syntax == "xml" else _json_calls)(tools, known)
+    calls = 'calls: call ("\\n" call)*' if several else "calls: call"
+    if answer is None:
+        return Rules("lark", f"start: calls\n{calls}\n{rules}", "tools")
+    text = json.dumps(_json_schema(answer) | {"x-guidance": _JSON})
+    lark = f"start: calls | answer\nanswer: %json {text}\n{calls}\n{rules}"
+    return Rules("lark", lark, _path(answer), part=format_rules(answer))
+
+
 def _lark(grammar: str, path: str) -> str:
-    """``grammar`` as Lark. llama.cpp's GBNF is told by its ``::=``, which is no Lark. Raises :class:`InvalidRequest`."""
-    if "::=" not in grammar:
-        return grammar
+    """llama.cpp's GBNF as Lark. Raises :class:`InvalidRequest`."""
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
     try:

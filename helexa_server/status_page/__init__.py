@@ -95,7 +95,7 @@ def _row(model: ServedModel) -> str:
     """A model's line. The script makes the rate of the last cell from its counter."""
     name = f"<th scope='row'>{escape(model.id)}"
     if model.engine is None:
-        stage, fraction = model.progress
+        stage, fraction = model.life.progress
         return f"<tr>{name}<td>{escape(stage)}, {fraction:.0%}<td><td><td><td><td><td></tr>"
     stats, info = model.engine.stats(), model.engine.model_info
     cells: list[Any] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -53,8 +54,9 @@ PERSON = {
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
     engine = AsyncEngine("demo", EngineConfig(max_model_len=2048))
-    with live_server(engine) as live:  # type: ignore[arg-type]
+    with live_server(engine) as live:
         yield live
+    asyncio.run(engine.aclose())
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +19,10 @@ MESSAGES = [{"role": "user", "content": "What is helexa?"}]
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    with live_server(AsyncEngine("demo", EngineConfig(max_model_len=1024))) as live:  # type: ignore[arg-type]
+    engine = AsyncEngine("demo", EngineConfig(max_model_len=1024))
+    with live_server(engine) as live:
         yield live
+    asyncio.run(engine.aclose())
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import httpx
 import openai
 from starlette.applications import Starlette
 
-from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_server.app import Server, create_app, listen, url
 from helexa_server.config import ServerConfig
+from helexa_server.lifecycle.model_life import ModelLife
 from helexa_server.served_model import ServedModel
 
 
@@ -54,12 +54,12 @@ class Live:
 
 
 @contextlib.contextmanager
-def live_server(engine: FakeEngine | None, **options: Any) -> Iterator[Live]:
-    """Serves ``engine`` as model "fake" from a thread; None leaves the model loading."""
+def live_server(engine: Any, life: ModelLife | None = None, **options: Any) -> Iterator[Live]:
+    """Serves ``engine`` as model "fake" from a thread; None leaves the model loading. With a ``life``, leads that from its start."""
     config = ServerConfig(port=0, **{"keep_alive_seconds": 5.0, "shutdown_seconds": 1.0, **options})
-    model = ServedModel("fake")
+    model = ServedModel("fake", life=life)
     if engine is not None:
-        model.loaded(engine)
+        model.life.loaded(engine)
     listener = listen(config.host, config.port)
     app = create_app([model], config)
     server = Server(app, config)
@@ -67,7 +67,12 @@ def live_server(engine: FakeEngine | None, **options: Any) -> Iterator[Live]:
 
     async def main() -> None:
         loops.append(asyncio.get_running_loop())
+        starting = None if life is None else asyncio.create_task(life.start())
         await server.serve(sockets=[listener])
+        if life is not None and starting is not None:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await life.stop()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()

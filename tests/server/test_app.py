@@ -121,7 +121,7 @@ def test_a_request_waits_for_the_load(serve: Serve, stream: bool) -> None:
             assert http.get("/health").status_code == 200
     asking.join(0.3)
     assert asking.is_alive()
-    live.loop.call_soon_threadsafe(live.model.loaded, FakeEngine(answer("ready now")))
+    live.loop.call_soon_threadsafe(live.model.life.loaded, FakeEngine(answer("ready now")))
     asking.join(5)
     assert "ready" in answers[0] and "error" not in answers[0]
     assert answers[0].count('"delta":{},"finish_reason":null') >= 3 if stream else True
@@ -129,7 +129,7 @@ def test_a_request_waits_for_the_load(serve: Serve, stream: bool) -> None:
 
 def test_a_load_that_failed_is_told(serve: Serve) -> None:
     live = serve(None)
-    live.loop.call_soon_threadsafe(live.model.failed, ModelDoesNotFit(2**31, 2**30, "cpu"))
+    live.loop.call_soon_threadsafe(live.model.life.failed, ModelDoesNotFit(2**31, 2**30, "cpu"))
     with live.http() as http:
         error = assert_envelope(http.post(CHAT, json=ASK), 422, "model_does_not_fit")
     assert (error["needed_bytes"], error["free_bytes"], error["device"]) == (2**31, 2**30, "cpu")
@@ -163,7 +163,7 @@ def test_unforeseen_errors_keep_the_envelope_and_their_detail(serve: Serve, monk
 def test_two_models_are_told_apart(serve: Serve) -> None:
     live = serve(FakeEngine(answer("from the first")))
     other = ServedModel("other")
-    other.loaded(FakeEngine(answer("from the other")))
+    other.life.loaded(FakeEngine(answer("from the other")))
     app = create_app([live.model, other], ServerConfig())
     assert [model.id for model in app.state.models] == ["fake", "other"]
     assert app.state.models.find("other") is other

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from helexa_engine.errors import EngineDied
 from helexa_engine.events import Finished, Timings, Usage
-from helexa_engine.runtime.engine import EngineStats
+from helexa_engine.runtime.exchange import EngineStats
 from helexa_engine.testing.fake_engine import FakeEngine, FakeModelInfo
 from helexa_server.logs import JsonFormatter
 from helexa_server.metrics import Histogram
@@ -138,7 +138,7 @@ def test_a_model_that_is_loading_has_no_engine_figures(serve: Serve) -> None:
 def test_every_promised_metric_has_its_type_and_model(serve: Serve) -> None:
     """contracts.md 4: Prometheus, label model_name, vLLM's names; hazard 41: histograms."""
     live = serve(FakeEngine([PROMPT, EngineDied("gone")]))
-    live.model.load_seconds = 1.5
+    live.model.life.load_seconds = 1.5
     ask(live, stream=False)
     wait_until(lambda: "helexa_request_failure" in families(live))
     found = families(live)
@@ -171,7 +171,7 @@ def test_every_answer_is_counted_with_its_tokens_and_phases(serve: Serve) -> Non
 
 def test_the_dashboard_asks_only_for_metrics_that_exist(serve: Serve) -> None:
     live = serve(FakeEngine([EngineDied("gone")]))
-    live.model.load_seconds = 1.5
+    live.model.life.load_seconds = 1.5
     ask(live, stream=False)
     with live.http() as http:
         http.get("/nowhere")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -12,7 +11,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +18,8 @@ import httpx
 import pytest
 
 from helexa_engine.config import EngineConfig
-from helexa_engine.errors import InvalidRequest, ModelNotFound
-from helexa_server.app import CannotListen, in_daemon_thread, listen, serve
+from helexa_engine.errors import InvalidRequest
+from helexa_server.app import CannotListen, listen, serve
 from helexa_server.config import ServerConfig
 from helexa_server.logs import JsonFormatter
 
@@ -38,7 +36,7 @@ PROGRAM = """
 
     port, loaded = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 
-    async def load_engine(model, config, progress):
+    async def load_engine(model, config, watchdog_seconds, progress):
         progress("weights", 0.25)
         while not loaded.exists():
             await asyncio.sleep(0.02)
@@ -116,26 +114,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: 
     loaded.write_text("broken")
     with serving(free_port(), loaded) as process:
         assert process.communicate(timeout=30)[0] == "error model 'demo' not found: it was a bad day\n"
-
-
-def test_a_load_in_its_thread_can_be_left_behind() -> None:
-    """Its result and its error come back; one that takes forever keeps no event loop from closing."""
-
-    def fail() -> None:
-        raise ModelNotFound("x", "gone")
-
-    async def main() -> None:
-        assert await in_daemon_thread(lambda: 3) == 3
-        with pytest.raises(ModelNotFound):
-            await in_daemon_thread(fail)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(in_daemon_thread(forever.wait), 0.05)
-
-    forever = threading.Event()
-    try:
-        asyncio.run(asyncio.wait_for(main(), 10))
-    finally:
-        forever.set()
 
 
 def test_json_log_lines() -> None:

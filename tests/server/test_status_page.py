@@ -68,15 +68,15 @@ def test_it_shows_the_models_and_what_they_do(serve: Serve) -> None:
 
 def test_a_model_that_is_loading_shows_how_far_it_is(serve: Serve) -> None:
     live = serve(None)
-    live.model.report("weights", 0.25)
+    live.model.life.report("weights", 0.25)
     with live.http() as http:
         assert Page(http.get("/").text).cells[8:10] == ["fake", "weights, 25%"]
 
 
 def test_names_are_text_and_nothing_else() -> None:
     model, loading = ServedModel(HOSTILE), ServedModel(f"loading {HOSTILE}")
-    model.loaded(FakeEngine([]))
-    loading.report(HOSTILE, 0.5)
+    model.life.loaded(FakeEngine([]))
+    loading.life.report(HOSTILE, 0.5)
     page = Page(status_page.page([model, loading], locked=False))
     assert page.options == [HOSTILE, f"loading {HOSTILE}"] and page.counters == {HOSTILE: "0"}
     assert page.cells[8] == HOSTILE and page.cells[16:18] == [f"loading {HOSTILE}", f"{HOSTILE}, 50%"]

@@ -93,11 +93,11 @@ def test_stopping_and_failing(serve: Serve, tab: Any) -> None:
 
 def test_figures_move_without_a_reload(serve: Serve, tab: Any) -> None:
     live = serve(None)
-    live.model.report("weights", 0.5)
+    live.model.life.report("weights", 0.5)
     tab.goto(live.url)
     sync_api.expect(tab.locator("#status td").first).to_have_text("weights, 50%")
     engine = FakeEngine([])
-    live.loop.call_soon_threadsafe(live.model.loaded, engine)
+    live.loop.call_soon_threadsafe(live.model.life.loaded, engine)
     sync_api.expect(tab.locator("#status td").first).to_have_text("ready")
     engine.num_running = 3
     sync_api.expect(tab.locator("#status td").nth(3)).to_have_text("3")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -118,17 +120,15 @@ def test_several_answers_finish_one_by_one(engine: AsyncEngine) -> None:
     run(work())
 
 
-def test_death_fails_what_runs_and_refuses_what_comes(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_death_fails_what_runs_and_refuses_what_comes(engine: AsyncEngine) -> None:
     async def work() -> None:
         events = engine.generate(GenerateRequest(prompt="x", sampling_params=LONG))
         await anext(events)
-
-        def die(*_: object) -> None:
-            raise MemoryError("out of memory")
-
-        monkeypatch.setattr(engine._loaded.thread._engine.runner, "forward", die)
+        os.kill(engine.worker_pid or 0, signal.SIGKILL)
         rest = [event async for event in events]
         assert isinstance(rest[-1], Failed) and isinstance(rest[-1].error, EngineDied)
+        died = await engine.until_dead()
+        assert "SIGKILL" in died.message and died.facts["signal"] == "SIGKILL"
         with pytest.raises(EngineDied):
             await gather(engine, GenerateRequest(prompt="x"))
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helexa_engine.errors import ContextLengthExceeded, InvalidRequest, Overloaded
-from helexa_engine.runtime.engine import Engine, EngineRequest, StepOutput
+from helexa_engine.runtime.engine import Engine
+from helexa_engine.runtime.exchange import EngineRequest, StepOutput
 from helexa_engine.runtime.sampler import SamplingFailed
 from helexa_engine.sampling_params import SamplingParams
 from helexa_engine.testing.toy_model import ToyModel, toy_engine
@@ -135,13 +136,9 @@ def test_prompt_logprobs_score_each_prompt_token_once() -> None:
     assert all(o.prompt_logprobs is None for o in output["a", 0][1:] + output["a", 1])
     rows: dict[int, np.ndarray] = {}
     r = request("b", prompt, max_tokens=1)
-    collect = EngineRequest(
-        "b",
-        r.prompt_token_ids,
-        r.params,
-        on_prompt_logits=lambda at, x: rows.update({at + i: v.copy() for i, v in enumerate(x)}),
-    )
-    run(toy_engine(model), collect)
+    engine = toy_engine(model)
+    engine.add_request(r, on_prompt_logits=lambda at, x: rows.update({at + i: v.copy() for i, v in enumerate(x)}))
+    run(engine)
     assert sorted(rows) == list(range(150))
     for position in range(1, 150):
         x = rows[position - 1].astype(np.float64)
@@ -198,8 +195,10 @@ def test_a_grammar_that_raises_fails_its_request_only() -> None:
         def is_finished(self) -> bool:
             return False
 
-    bad = EngineRequest("bad", (1, 2), SamplingParams(max_tokens=3).with_defaults({}), make_grammar=Broken)
-    outputs = run(toy_engine(), bad, request("good", [1, 2, 3]))
+    engine = toy_engine()
+    bad = EngineRequest("bad", (1, 2), SamplingParams(max_tokens=3).with_defaults({}))
+    engine.add_request(bad, make_grammar=Broken)
+    outputs = run(engine, request("good", [1, 2, 3]))
     error = outputs["bad", 0][0].error
     assert isinstance(error, SamplingFailed) and isinstance(error.__cause__, KeyError)
     assert len(outputs["good", 0]) == 8

@@ -1,4 +1,4 @@
-"""The engine's thread: events reach their request, aborts come within a step, and a death is told to everybody."""
+"""The engine's thread: outputs come step by step, aborts come within a step, and a death is told to everybody."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from typing import Any
 import pytest
 
 from helexa_engine.errors import ContextLengthExceeded, EngineDied, HelexaError, InvalidRequest
-from helexa_engine.events import ContentDelta, Event, Failed, Finished, Usage
-from helexa_engine.runtime.engine import EngineRequest, StepOutput
 from helexa_engine.runtime.engine_thread import EngineThread
+from helexa_engine.runtime.exchange import EngineRequest, StepOutput
 from helexa_engine.sampling_params import SamplingParams
 from helexa_engine.testing.toy_model import ToyModel, toy_engine
 
 
-class Ids:
-    """An event maker without text: every token is a delta; ``stop_after`` tokens end the answer from this side."""
+class Outputs:
+    """What a thread delivers, by request."""
 
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.stop_after = stop_after
-        self.count: dict[int, int] = {}
+    def __init__(self) -> None:
+        self.steps: list[list[StepOutput]] = []
+        self._queues: dict[str, queue.SimpleQueue[StepOutput]] = {}
 
-    def push(self, output: StepOutput) -> list[Event]:
-        assert output.token_id is not None
-        self.count[output.index] = count = self.count.get(output.index, 0) + 1
-        events: list[Event] = [ContentDelta(output.index, "", (output.token_id,))]
-        if output.finish_reason or count == self.stop_after:
-            events.append(Finished(output.index, output.finish_reason or "stop", Usage(1, count), output.timings))
-        return events
+    def __call__(self, outputs: list[StepOutput]) -> None:
+        self.steps.append(outputs)
+        for output in outputs:
+            self.of(output.request_id).put(output)
+
+    def of(self, request_id: str) -> queue.SimpleQueue[StepOutput]:
+        return self._queues.setdefault(request_id, queue.SimpleQueue())
+
+    def until_end(self, request_id: str) -> list[StepOutput]:
+        """Everything up to the end of a request with one answer."""
+        seen: list[StepOutput] = []
+        while not seen or not (seen[-1].finish_reason or seen[-1].error):
+            seen.append(self.of(request_id).get(timeout=10))
+        return seen
 
 
 class Gate(ToyModel):
@@ -54,14 +60,6 @@ def request(name: str, prompt: tuple[int, ...] = (1, 2, 3), **fields: Any) -> En
     return EngineRequest(name, prompt, SamplingParams(temperature=0.0, **fields).with_defaults({}))
 
 
-def drain(events: queue.SimpleQueue[list[Event]]) -> list[Event]:
-    """Everything up to the end of a request with one answer."""
-    seen: list[Event] = []
-    while not seen or not isinstance(seen[-1], (Finished, Failed)):
-        seen += events.get(timeout=10)
-    return seen
-
-
 def wait_for(condition: Any) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -69,59 +67,78 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.002)
 
 
-def test_events_reach_their_own_request() -> None:
-    thread = EngineThread(toy_engine())
-    queues: list[queue.SimpleQueue[list[Event]]] = [queue.SimpleQueue() for _ in range(3)]
-    for i, events in enumerate(queues):
-        thread.submit(request(str(i), (i + 1,), max_tokens=3 + i), Ids(), events.put)
-    counts = [len(drain(events)) for events in queues]
-    assert counts == [4, 5, 6]
+def test_each_step_is_delivered_whole() -> None:
+    outputs = Outputs()
+    thread = EngineThread(toy_engine(), outputs)
+    for i in range(3):
+        thread.submit(request(str(i), (i + 1,), max_tokens=3 + i))
+    assert [len(outputs.until_end(str(i))) for i in range(3)] == [3, 4, 5]
     assert thread.stats().num_running == 0
     assert thread.close(10)
+    assert any(len(step) == 3 for step in outputs.steps)
 
 
-def test_an_answer_ended_by_its_text_costs_no_further_step() -> None:
-    engine = toy_engine()
-    thread = EngineThread(engine)
-    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    thread.submit(request("a", max_tokens=100), Ids(stop_after=4), events.put)
-    assert len(drain(events)) == 5
+def test_one_answer_of_several_can_be_ended() -> None:
+    """As when a stop string is found in its text: it costs no further step, and the other goes on."""
+    model = Gate()
+    engine, outputs = toy_engine(model), Outputs()
+    thread = EngineThread(engine, outputs)
+    thread.submit(request("a", max_tokens=6, n=2))
+    model.entered.acquire()
+    model.steps.release()
+    model.entered.acquire()  # both have their first token
+    thread.abort("a", 0)
+    model.steps.release(100)
     wait_for(lambda: not engine.has_work)
-    assert engine.stats().steps_total == 4 and engine.scheduler.pool.num_used == 0
     thread.close(10)
+    indexes = [output.index for step in outputs.steps for output in step]
+    assert indexes.count(0) == 1 and indexes.count(1) == 6
+    assert engine.scheduler.pool.num_used == 0
 
 
 def test_abort_takes_effect_before_the_next_step() -> None:
     model = Gate()
-    engine = toy_engine(model)
-    thread = EngineThread(engine)
-    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    thread.submit(request("a", max_tokens=100), Ids(), events.put)
+    engine, outputs = toy_engine(model), Outputs()
+    thread = EngineThread(engine, outputs)
+    thread.submit(request("a", max_tokens=100))
     model.entered.acquire()
     thread.abort("a")  # in the middle of the first step
     model.steps.release()
     wait_for(lambda: engine.scheduler.pool.num_used == 0)
-    assert model.num_forwards == 1 and not engine.has_work and events.empty()
-    thread.submit(request("a", max_tokens=1), Ids(), events.put)  # the id is free again
+    assert model.num_forwards == 1 and not engine.has_work and outputs.of("a").empty()
+    thread.submit(request("a", max_tokens=1))  # the id is free again
     model.steps.release()
-    assert isinstance(drain(events)[-1], Finished)
+    assert outputs.until_end("a")[-1].finish_reason == "length"
+    thread.close(10)
+
+
+def test_the_stats_of_an_abort_are_delivered_too() -> None:
+    engine, seen = toy_engine(Gate()), queue.SimpleQueue[int]()
+    thread = EngineThread(engine, lambda _: seen.put(engine.stats().num_running))
+    thread.submit(request("a", max_tokens=100))
+    engine.runner.model.entered.acquire()  # type: ignore[attr-defined]
+    thread.abort("a")
+    engine.runner.model.steps.release()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10
+    while seen.get(timeout=10) != 0:
+        assert time.monotonic() < deadline
     thread.close(10)
 
 
 def test_an_id_that_runs_is_refused() -> None:
     model = Gate()
-    thread = EngineThread(toy_engine(model))
-    thread.submit(request("a"), Ids(), lambda _: None)
+    thread = EngineThread(toy_engine(model), Outputs())
+    thread.submit(request("a"))
     with pytest.raises(InvalidRequest, match="already running"):
-        thread.submit(request("a"), Ids(), lambda _: None)
+        thread.submit(request("a"))
     model.steps.release(10)
     thread.close(10)
 
 
 def test_a_bad_request_is_refused_where_it_is_made() -> None:
-    thread = EngineThread(toy_engine(num_pages=1))
+    thread = EngineThread(toy_engine(num_pages=1), Outputs())
     with pytest.raises(ContextLengthExceeded):
-        thread.submit(request("a", (1,) * 64), Ids(), lambda _: None)
+        thread.submit(request("a", (1,) * 64))
     thread.close(10)
 
 
@@ -131,25 +148,23 @@ def test_death_fails_what_runs_and_refuses_what_comes() -> None:
             super().forward(batch)
             raise MemoryError("pages on fire")
 
-    model = Dying()
-    thread = EngineThread(toy_engine(model))
-    queues: list[queue.SimpleQueue[list[Event]]] = [queue.SimpleQueue() for _ in range(2)]
-    for i, events in enumerate(queues):
-        thread.submit(request(str(i)), Ids(), events.put)
+    model, outputs = Dying(), Outputs()
+    thread = EngineThread(toy_engine(model), outputs)
+    for name in "ab":
+        thread.submit(request(name))
     model.steps.release()
-    for events in queues:
-        (event,) = drain(events)
-        assert isinstance(event, Failed) and isinstance(event.error, EngineDied)
-        assert isinstance(event.error.__cause__, MemoryError)
+    for name in "ab":
+        (output,) = outputs.until_end(name)
+        assert isinstance(output.error, EngineDied) and isinstance(output.error.__cause__, MemoryError)
     with pytest.raises(EngineDied):
-        thread.submit(request("late"), Ids(), lambda _: None)
+        thread.submit(request("late"))
     assert thread.died is not None and thread.close(10)
 
 
 def test_close_frees_the_model() -> None:
     model = ToyModel()
     freed = weakref.ref(model)
-    thread = EngineThread(toy_engine(model))
+    thread = EngineThread(toy_engine(model), Outputs())
     del model
     assert freed() is not None
     assert thread.close(10)
@@ -159,50 +174,30 @@ def test_close_frees_the_model() -> None:
 
 
 def test_close_tells_what_runs_and_is_bounded() -> None:
-    model = Gate()
-    thread = EngineThread(toy_engine(model))
-    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    thread.submit(request("a"), Ids(), events.put)
+    model, outputs = Gate(), Outputs()
+    thread = EngineThread(toy_engine(model), outputs)
+    thread.submit(request("a"))
     model.entered.acquire()
     started = time.monotonic()
     assert not thread.close(0.05)
     assert time.monotonic() - started < 2
     model.steps.release()
     assert thread.close(10)
-    (*_, event) = drain(events)
-    assert isinstance(event, Failed) and isinstance(event.error, EngineDied)
+    assert isinstance(outputs.until_end("a")[-1].error, EngineDied)
     with pytest.raises(EngineDied):
-        thread.submit(request("late"), Ids(), lambda _: None)
+        thread.submit(request("late"))
 
 
-@pytest.mark.parametrize("where", ["events", "deliver", "grammar"])
-def test_a_fault_of_one_request_is_its_own(where: str) -> None:
-    class Broken(Ids):
-        def push(self, output: StepOutput) -> list[Event]:
-            raise KeyError("parser")
-
+def test_a_grammar_that_cannot_begin_is_its_requests_own_fault() -> None:
     def no_grammar() -> Any:
-        raise InvalidRequest("structured.regex", "unbalanced parenthesis")
+        raise KeyError("state")
 
-    calls: list[list[Event]] = []
-
-    def deliver(events: list[Event]) -> None:
-        calls.append(events)
-        if where == "deliver":
-            raise RuntimeError("Event loop is closed")
-
-    engine = toy_engine()
-    thread = EngineThread(engine)
-    bad = request("bad", max_tokens=50)
-    if where == "grammar":
-        bad = EngineRequest("bad", (1,), bad.params, make_grammar=no_grammar)
-    good: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    thread.submit(bad, Broken() if where == "events" else Ids(), deliver)
-    thread.submit(request("good"), Ids(), good.put)
-    assert len(drain(good)) == 6
-    wait_for(lambda: not engine.has_work)
-    assert engine.stats().steps_total <= 7
-    failed = calls[-1][0]
-    assert isinstance(failed, Failed) and isinstance(failed.error, HelexaError)
+    engine, outputs = toy_engine(), Outputs()
+    thread = EngineThread(engine, outputs)
+    thread.submit(request("bad", max_tokens=50), make_grammar=no_grammar)
+    thread.submit(request("good"))
+    assert len(outputs.until_end("good")) == 5
+    (failed,) = outputs.until_end("bad")
+    assert type(failed.error) is HelexaError and "KeyError" in failed.error.message
     assert thread.died is None and engine.scheduler.pool.num_used == 0
     thread.close(10)

@@ -6,7 +6,6 @@ depend on what is computed beside them; the plain PyTorch twins only promise flo
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from helexa_engine import LLM, AsyncEngine, GenerationResult, SamplingParams
+from helexa_engine import LLM, GenerationResult, SamplingParams
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import mixes, types
@@ -207,21 +206,14 @@ def test_any_schedule_gives_the_same_logits(llm: LLM, model: Path) -> None:
         for i, length in enumerate(lengths)
     ]
 
-    async def ask(loaded: LLM, requests: list[GenerateRequest]) -> None:
-        async def drain(request: GenerateRequest) -> None:
-            async for _ in AsyncEngine.of(loaded._loaded).generate(request):
-                pass
-
-        await asyncio.gather(*map(drain, requests))
-
     settings: dict[str, Any] = {"kv_dtype": KV_DTYPE, "max_model_len": 512}
     with LLM(model, **settings, prefix_cache=False) as never, logits_by_request(never) as alone:
         for request in requests:
-            asyncio.run(ask(never, [request]))
+            never._run([request], bar=False)
     with LLM(model, **settings, max_num_seqs=5, max_num_batched_tokens=260) as scheduled:
         for seed in range(3):
             with logits_by_request(scheduled) as together, budgets_that_change(scheduled, seed):
-                asyncio.run(ask(scheduled, requests[:: 1 if seed % 2 else -1]))
+                scheduled._run(requests[:: 1 if seed % 2 else -1], bar=False)
             assert together.keys() == alone.keys()
             for name, rows in together.items():
                 assert_close(torch.stack(rows), torch.stack(alone[name]), atol=TOLERANCE, what=f"logits of {name}")

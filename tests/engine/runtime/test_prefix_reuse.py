@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helexa_engine.cache.prefix_cache import Node
-from helexa_engine.runtime.engine import Engine, EngineRequest, StepOutput
+from helexa_engine.runtime.engine import Engine
+from helexa_engine.runtime.exchange import EngineRequest, StepOutput
 from helexa_engine.runtime.sampler import SamplingFailed
 from helexa_engine.runtime.sequence import SequenceStatus
 from helexa_engine.sampling_params import SamplingParams
@@ -209,13 +210,8 @@ def test_a_request_that_asks_for_all_logits_computes_all(states: bool) -> None:
     scores = got["b", 0][0].prompt_logprobs
     assert scores is not None and len(scores) == 60 and cached_tokens(got, "b") == 0
     rows: list[int] = []
-    asked = EngineRequest(
-        "c",
-        tuple(prompt),
-        request("c", prompt).params,
-        on_prompt_logits=lambda at, x: rows.extend(range(at, at + len(x))),
-    )
-    assert cached_tokens(run(engine, asked), "c") == 0 and rows == list(range(60))
+    engine.add_request(request("c", prompt), on_prompt_logits=lambda at, x: rows.extend(range(at, at + len(x))))
+    assert cached_tokens(run(engine), "c") == 0 and rows == list(range(60))
     assert engine.stats().prefix_cache_queries_total == queries, "what is not looked up is not counted"
 
 

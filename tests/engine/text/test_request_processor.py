@@ -16,6 +16,7 @@ from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.sampling_params import SamplingParams, StructuredOutput
 from helexa_engine.text.chat_template import ChatTemplate
 from helexa_engine.text.request_processor import RequestProcessor
+from helexa_engine.text.structured import GrammarCompiler
 
 USER = [{"role": "user", "content": "hi"}]
 TOOL = {
@@ -170,20 +171,22 @@ def test_template_that_opens_the_think_block(tokenizer):
 
 
 def test_grammars(processor):
+    compiler = GrammarCompiler(processor.tokenizer)
     schema = StructuredOutput(json_schema={"type": "object"})
     prepared = processor.prepare(GenerateRequest(messages=USER, sampling_params=SamplingParams(structured=schema)))
-    assert prepared.make_grammar() is not prepared.make_grammar()
+    make = compiler.maker(prepared.constraint)
+    assert make() is not make()
     for choice in ("required", {"name": "f"}, {"type": "function", "function": {"name": "f"}}):
-        assert (
-            processor.prepare(GenerateRequest(messages=USER, tools=[TOOL], tool_choice=choice)).make_grammar is not None
-        )
+        asked = GenerateRequest(messages=USER, tools=[TOOL], tool_choice=choice)
+        assert processor.prepare(asked).constraint.rules is not None
     both = GenerateRequest(
         messages=USER, tools=[TOOL], tool_choice="required", sampling_params=SamplingParams(structured=schema)
     )
-    opening = allowed(processor.prepare(both).make_grammar(), processor.tokenizer)
+    opening = allowed(compiler.maker(processor.prepare(both).constraint)(), processor.tokenizer)
     assert opening[processor.tokenizer.token_id("<tool_call>")] and not opening[processor.tokenizer.encode("{")[0]]
     for free in (GenerateRequest(messages=USER, tools=[TOOL]), GenerateRequest(prompt="a")):
-        grammar = (processor.prepare(free).make_grammar or (lambda: None))()
+        constraint = processor.prepare(free).constraint
+        grammar = None if constraint is None else compiler.maker(constraint)()
         assert grammar is None or (not grammar.is_finished() and allowed(grammar, processor.tokenizer).all())
 
 
@@ -198,8 +201,8 @@ def test_grammars(processor):
         ({"messages": USER, "tools": [{"type": "function"}]}, r"tools\[0\].function.name"),
         ({"messages": USER, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         (
-            {"messages": USER, "sampling_params": SamplingParams(structured=StructuredOutput(regex="("))},
-            "structured.regex",
+            {"messages": USER, "sampling_params": SamplingParams(structured=StructuredOutput(json_schema="{"))},
+            "structured.json_schema",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from helexa_engine.errors import InvalidRequest
 from helexa_engine.sampling_params import StructuredOutput
-from helexa_engine.text.structured import GrammarCompiler, GrammarFailed
+from helexa_engine.text.structured import GrammarCompiler, GrammarFailed, call_rules, format_rules
 
 SCHEMA = {
     "type": "object",
@@ -72,9 +72,9 @@ def accepts(state, tokenizer, text, *, special=False, end=True):
 )
 def test_masks(compiler, tokenizer, spec, good, bad):
     for text in good:
-        assert accepts(compiler.compile(StructuredOutput(**spec)), tokenizer, text), text
+        assert accepts(compiler.compile(format_rules(StructuredOutput(**spec))), tokenizer, text), text
     for text in bad:
-        assert not accepts(compiler.compile(StructuredOutput(**spec)), tokenizer, text), text
+        assert not accepts(compiler.compile(format_rules(StructuredOutput(**spec))), tokenizer, text), text
 
 
 def test_random_choices_among_allowed_tokens_give_valid_output(compiler, tokenizer):
@@ -90,7 +90,11 @@ def test_random_choices_among_allowed_tokens_give_valid_output(compiler, tokeniz
     }
     blanks = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i).isspace()]
     for seed in range(20):
-        rng, state, ids = np.random.default_rng(seed), compiler.compile(StructuredOutput(json_schema=schema)), []
+        rng, state, ids = (
+            np.random.default_rng(seed),
+            compiler.compile(format_rules(StructuredOutput(json_schema=schema))),
+            [],
+        )
         while not state.is_finished():
             mask = allowed(state, tokenizer.vocab_size)
             mask[blanks] &= not np.delete(mask, blanks).any()  # JSON may be indented for ever
@@ -102,7 +106,7 @@ def test_random_choices_among_allowed_tokens_give_valid_output(compiler, tokeniz
 
 
 def test_nothing_special_and_no_padding_is_allowed_inside_a_string(compiler, tokenizer):
-    state = compiler.compile(StructuredOutput(json_object=True))
+    state = compiler.compile(format_rules(StructuredOutput(json_object=True)))
     for token_id in tokenizer.encode('{"a'):
         state.accept(token_id)
     logits = np.zeros(tokenizer.vocab_size + 9, np.float32)  # the model's vocabulary may be padded
@@ -112,7 +116,7 @@ def test_nothing_special_and_no_padding_is_allowed_inside_a_string(compiler, tok
 
 
 def test_mask_and_logits_agree(compiler, tokenizer):
-    state = compiler.compile(StructuredOutput(json_schema=SCHEMA))
+    state = compiler.compile(format_rules(StructuredOutput(json_schema=SCHEMA)))
     mask = compiler.new_mask()
     state.fill_mask(mask)
     bits = [bool(mask[i // 32] >> (i % 32) & 1) for i in range(tokenizer.vocab_size)]
@@ -124,7 +128,7 @@ def test_white_space_is_a_space_or_a_line_with_its_indentation(compiler, tokeniz
     [opening], [space], [line] = (tokenizer.encode(text) for text in ("{", " ", "\n"))
 
     def count(first):
-        state = compiler.compile(spec)
+        state = compiler.compile(format_rules(spec))
         for token_id in (opening, first):
             assert allowed(state, tokenizer.vocab_size)[token_id]
             state.accept(token_id)
@@ -173,24 +177,33 @@ def test_white_space_is_a_space_or_a_line_with_its_indentation(compiler, tokeniz
 )
 def test_properties_that_are_listed_are_all_there_are(compiler, tokenizer, schema, good, bad):
     spec = StructuredOutput(json_schema=schema)
-    assert accepts(compiler.compile(spec), tokenizer, good) and not accepts(compiler.compile(spec), tokenizer, bad)
+    assert accepts(compiler.compile(format_rules(spec)), tokenizer, good) and not accepts(
+        compiler.compile(format_rules(spec)), tokenizer, bad
+    )
 
 
 def test_grammar_begins_after_thinking(compiler, tokenizer):
     spec = StructuredOutput(json_schema=SCHEMA)
     answer = '{"city": "Paris", "days": 3}'
     for gap in ("", "\n\n"):
-        assert accepts(compiler.compile(spec, "open"), tokenizer, f"free words</think>{gap}{answer}", special=True)
-        assert accepts(compiler.compile(spec, "may_open"), tokenizer, f"<think>free</think>{gap}{answer}", special=True)
-    assert accepts(compiler.compile(spec, "may_open"), tokenizer, answer)
-    assert not accepts(compiler.compile(spec, "may_open"), tokenizer, "free words")
-    assert not accepts(compiler.compile(spec, "open"), tokenizer, "a</think>b", special=True)
-    assert not accepts(compiler.compile(spec, "no"), tokenizer, f"<think>x</think>{answer}", special=True)
-    assert not compiler.compile(spec, "open").is_finished()
+        assert accepts(
+            compiler.compile(format_rules(spec), "open"), tokenizer, f"free words</think>{gap}{answer}", special=True
+        )
+        assert accepts(
+            compiler.compile(format_rules(spec), "may_open"),
+            tokenizer,
+            f"<think>free</think>{gap}{answer}",
+            special=True,
+        )
+    assert accepts(compiler.compile(format_rules(spec), "may_open"), tokenizer, answer)
+    assert not accepts(compiler.compile(format_rules(spec), "may_open"), tokenizer, "free words")
+    assert not accepts(compiler.compile(format_rules(spec), "open"), tokenizer, "a</think>b", special=True)
+    assert not accepts(compiler.compile(format_rules(spec), "no"), tokenizer, f"<think>x</think>{answer}", special=True)
+    assert not compiler.compile(format_rules(spec), "open").is_finished()
 
 
 def test_states_of_one_grammar_are_independent(compiler, tokenizer):
-    first, second = (compiler.compile(StructuredOutput(json_schema=SCHEMA)) for _ in range(2))
+    first, second = (compiler.compile(format_rules(StructuredOutput(json_schema=SCHEMA))) for _ in range(2))
     assert accepts(first, tokenizer, '{"city": "P', end=False)
     assert accepts(second, tokenizer, '{"city": "Paris", "days": 3}')
 
@@ -198,7 +211,7 @@ def test_states_of_one_grammar_are_independent(compiler, tokenizer):
 @pytest.mark.parametrize("syntax", ["json", "xml"])
 def test_forced_tool_calls(compiler, tokenizer, syntax):
     def make():
-        return compiler.compile_tool_calls([WEATHER, CLOCK], syntax=syntax)
+        return compiler.compile(call_rules(tokenizer, [WEATHER, CLOCK], syntax=syntax))
 
     calls = {
         "json": [
@@ -231,7 +244,7 @@ def test_one_call_and_no_more(compiler, tokenizer, syntax):
     )
 
     def make(several):
-        return compiler.compile_tool_calls([CLOCK], syntax=syntax, several=several)
+        return compiler.compile(call_rules(tokenizer, [CLOCK], syntax=syntax, several=several))
 
     for several in (True, False):
         assert accepts(make(several), tokenizer, call, special=True)
@@ -249,7 +262,7 @@ def test_json_or_a_call(compiler, tokenizer, syntax):
     )
 
     def make(spec):
-        return compiler.compile_tool_calls([CLOCK], syntax=syntax, answer=spec)
+        return compiler.compile(call_rules(tokenizer, [CLOCK], syntax=syntax, answer=spec))
 
     spec = StructuredOutput(json_schema=SCHEMA)
     for text in ('{"city": "Paris", "days": 3}', call):
@@ -289,7 +302,7 @@ def test_values_of_tags_follow_references_and_lists(compiler, tokenizer):
         )
 
     def ok(text):
-        return accepts(compiler.compile_tool_calls([tool], syntax="xml"), tokenizer, text, special=True)
+        return accepts(compiler.compile(call_rules(tokenizer, [tool], syntax="xml")), tokenizer, text, special=True)
 
     assert ok(call(mode="slow", box="3")) and ok(call(mode="fast", box="3", note="a <b>\nc", any="[1"))
     assert ok(call(mode="slow", box="3", on="true")) and ok(call(mode="slow", box="3", on="False"))
@@ -298,7 +311,7 @@ def test_values_of_tags_follow_references_and_lists(compiler, tokenizer):
 
 
 def test_the_turn_does_not_end_inside_the_thinking(compiler, tokenizer):
-    state = compiler.compile(StructuredOutput(json_object=True), "open")
+    state = compiler.compile(format_rules(StructuredOutput(json_object=True)), "open")
     mask = allowed(state, tokenizer.vocab_size)
     assert not mask[list(tokenizer.eos_token_ids)].any() and mask.sum() == tokenizer.vocab_size - len(
         tokenizer.eos_token_ids
@@ -312,7 +325,7 @@ def test_the_turn_does_not_end_inside_the_thinking(compiler, tokenizer):
 def test_copies_and_masks_ahead(compiler, tokenizer, monkeypatch, large):
     """Computed beside the model or when it is needed, the masks are the same, and a fault reaches who asks for one."""
     monkeypatch.setattr("helexa_engine.text.structured._LARGE_VOCABULARY", 0 if large else 10**9)
-    first = compiler.compile(StructuredOutput(json_schema=SCHEMA), "may_open")
+    first = compiler.compile(format_rules(StructuredOutput(json_schema=SCHEMA)), "may_open")
     for text in ('{"city": "Paris", "days": 3}', '<think>free</think>\n\n{"city": "世界", "days": 1}'):
         state = first.copy()
         assert (state._ahead is not None) == large
@@ -346,4 +359,4 @@ def test_copies_and_masks_ahead(compiler, tokenizer, monkeypatch, large):
 )
 def test_unsupported_is_named(compiler, spec, words):
     with pytest.raises(InvalidRequest, match=words):
-        compiler.compile(StructuredOutput(**spec))
+        compiler.compile(format_rules(StructuredOutput(**spec)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helexa_engine.sampling_params import StructuredOutput
-from helexa_engine.text.structured import GrammarCompiler
+from helexa_engine.text.structured import GrammarCompiler, format_rules
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_stop_thinking(compiler, tokenizer):
 
 
 def test_a_constraint_holds_behind_the_closing(compiler, tokenizer):
-    grammar = compiler.compile(StructuredOutput(regex="yes|no"), "open")
+    grammar = compiler.compile(format_rules(StructuredOutput(regex="yes|no")), "open")
     control = compiler.thinking_control("open", 2, grammar)
     said = say(control, tokenizer, f"{THOUGHT}</think>yes")
     assert said.endswith("yes") and "</think>" in said
