@@ -7,7 +7,6 @@ import errno
 import functools
 import logging
 import os
-import queue
 import resource
 import signal
 import stat
@@ -27,7 +26,6 @@ from hypothesis import strategies as st
 from helexa_engine import LLM, SamplingParams
 from helexa_engine.cache.prefix_cache import Node, PrefixCache
 from helexa_engine.errors import InvalidRequest
-from helexa_engine.events import Event
 from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import types
 from helexa_engine.runtime import model_fingerprint, saved_prefixes
@@ -36,7 +34,7 @@ from helexa_engine.runtime.engine_thread import EngineThread
 from helexa_engine.runtime.saved_prefixes import SavedPrefixes
 from helexa_engine.testing.checkpoints import write_folder, write_gguf, write_qwen3_folder
 
-from .test_engine_thread import Ids, drain
+from .test_engine_thread import Outputs
 from .test_prefix_reuse import PAGE, answer, both_kinds, cached_tokens, check, make_engine, request, run, tokens
 
 FINGERPRINT = {"weights": "toy", "kv_dtype": "float32"}
@@ -519,19 +517,19 @@ def test_a_thread_saves_while_it_is_idle_and_again_when_it_is_closed(
     monkeypatch.setattr(saved_prefixes, "IDLE_SECONDS", 0.01)
     engine = make_engine(False)
     keep_in(engine, path)
-    thread = EngineThread(engine)
+    outputs = Outputs()
+    thread = EngineThread(engine, outputs)
     for seed in (1, 2):
         size = path.stat().st_size if path.exists() else 0
-        events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-        thread.submit(request(str(seed), tokens(40, seed)), Ids(), events.put)
-        drain(events)
+        thread.submit(request(str(seed), tokens(40, seed)))
+        outputs.until_end(str(seed))
         deadline = time.monotonic() + 30
         while not path.exists() or path.stat().st_size == size:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     monkeypatch.setattr(saved_prefixes, "IDLE_SECONDS", 1e6)
-    thread.submit(request("last", tokens(40, 3)), Ids(), events.put)
-    drain(events)
+    thread.submit(request("last", tokens(40, 3)))
+    outputs.until_end("last")
     assert thread.close(30)
     engine = make_engine(False)
     keep_in(engine, path)
@@ -541,15 +539,15 @@ def test_a_thread_saves_while_it_is_idle_and_again_when_it_is_closed(
 def test_nothing_is_saved_after_a_fault(path: Path) -> None:
     engine = talked(False)
     keep_in(engine, path)
-    thread = EngineThread(engine)
+    outputs = Outputs()
+    thread = EngineThread(engine, outputs)
 
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
     engine.runner.forward = broken  # type: ignore[method-assign, assignment]
-    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    thread.submit(request("x", tokens(40, 3)), Ids(), events.put)
-    drain(events)
+    thread.submit(request("x", tokens(40, 3)))
+    outputs.until_end("x")
     thread.close(30)
     assert not path.exists()
     keep_in(make_engine(False), path).close()  # and the lock is free
