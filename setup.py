@@ -74,7 +74,9 @@ class CMakeBuild(build_ext):
             ],
             check=True,
         )  # fmt: skip
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        subprocess.run(
+            ["cmake", "--build", str(build), "--target", "_native", "--parallel", str(os.cpu_count() or 1)], check=True
+        )
 
 
 setup(ext_modules=[CMakeExtension("helexa_engine._native")], cmdclass={"build_ext": CMakeBuild})

@@ -21,6 +21,9 @@
 #include "quant_matmul.h"
 #include "quantize.h"
 #include "thread_pool.h"
+#ifdef HELEXA_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using namespace helexa;
@@ -83,6 +86,11 @@ thread_local Recording* Recording::active = nullptr;
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "helexa's compiled core";
+#ifdef HELEXA_CUDA
+  py::module_ cuda_module =
+      module.def_submodule("cuda", "The kernels for CUDA devices; absent from a build without nvcc");
+  cuda::bind(cuda_module);
+#endif
 
   module.def("num_threads", &num_threads, "Threads that a kernel uses, the calling one among them.");
   module.def("set_num_threads", &set_num_threads, py::arg("n"), "0 restores the default: the physical cores allowed.");

@@ -153,7 +153,7 @@ struct block_iq1_m {
   uint8_t qh[16];
   uint16_t scales[4];
 };
-using block_iq4_nl = block_q4_0;
+struct block_iq4_nl : block_q4_0 {};
 struct block_iq4_xs {
   half_bits d;
   uint16_t scales_h;
@@ -161,7 +161,8 @@ struct block_iq4_xs {
   uint8_t qs[8][16];
 };
 
-static_assert(sizeof(block_q4_0) == 18 && sizeof(block_q4_1) == 20 && sizeof(block_q5_0) == 22);
+static_assert(sizeof(block_q4_0) == 18 && sizeof(block_iq4_nl) == 18 && sizeof(block_q4_1) == 20 &&
+              sizeof(block_q5_0) == 22);
 static_assert(sizeof(block_q5_1) == 24 && sizeof(block_q8_0) == 34 && sizeof(block_q1_0) == 18);
 static_assert(sizeof(block_mxfp4) == 17 && sizeof(block_nvfp4) == 36);
 static_assert(sizeof(block_q2_K) == 84 && sizeof(block_q3_K) == 110 && sizeof(block_q4_K) == 144);
