@@ -234,7 +234,7 @@ PYBIND11_MODULE(_native, module) {
       [](uintptr_t qkv, uintptr_t q_norm, uintptr_t k_norm, double eps, uintptr_t cos_sin, int64_t max_positions,
          int rotary_dim, uintptr_t positions, uintptr_t slot_mapping, uintptr_t page_tables, int64_t pages_per_sequence,
          uintptr_t cu_seqlens, uintptr_t seq_lens, int64_t num_sequences, uintptr_t k_cache, uintptr_t v_cache,
-         int64_t num_pages, bool half_cache, bool gated, int num_heads, int num_kv_heads, int head_dim, double scale,
+         int64_t num_pages, int kv_type, bool gated, int num_heads, int num_kv_heads, int head_dim, double scale,
          uintptr_t ctx, int64_t num_tokens) {
         constexpr const char* f = "paged_attention";
         PagedAttention p;
@@ -254,7 +254,7 @@ PYBIND11_MODULE(_native, module) {
         p.num_pages = num_pages, p.max_positions = max_positions;
         p.num_heads = num_heads, p.num_kv_heads = num_kv_heads, p.head_dim = head_dim;
         p.rotary_dim = rotary_dim, p.gated = gated;
-        p.half_cache = half_cache, p.eps = eps, p.scale = static_cast<float>(scale);
+        p.kv_type = static_cast<QuantType>(kv_type), p.eps = eps, p.scale = static_cast<float>(scale);
         Recording::launch([p] { paged_attention(p); });
       },
       "Writes keys and values of the new tokens into their pages, then attends. Shapes: ops/paged_attention.");

@@ -19,6 +19,10 @@ constexpr const char* kName = "paged_attention";
 void check_arguments(const PagedAttention& p) {
   check(p.head_dim > 0 && p.head_dim % 16 == 0 && p.head_dim <= kMaxHeadDim, kName, "head_dim",
         "a multiple of 16 up to 512", p.head_dim);
+  check(p.kv_type == QuantType::F32 || p.kv_type == QuantType::F16 || p.kv_type == QuantType::Q8_0, kName, "kv_type",
+        "the number of F32, F16 or Q8_0", int64_t(p.kv_type));
+  check(p.kv_type != QuantType::Q8_0 || p.head_dim % kScaleBlock == 0, kName, "head_dim",
+        "a multiple of 32 for Q8_0 pages", p.head_dim);
   check(p.rotary_dim > 0 && p.rotary_dim % 2 == 0 && p.rotary_dim <= p.head_dim, kName, "rotary_dim",
         "even, up to head_dim", p.rotary_dim);
   check(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, kName, "num_heads", "a multiple of num_kv_heads",
@@ -63,7 +67,7 @@ void paged_attention(const PagedAttention& args) {
   check_arguments(args);
   const AttentionKernels& level = HELEXA_AT_LEVEL(kAttention);
   constexpr int64_t kHeadsPerRange = 32;  // one decode step stays on the calling thread
-  parallel_for(args.num_tokens * args.num_kv_heads, kHeadsPerRange,
+  parallel_for(args.num_kv_heads * args.num_tokens, kHeadsPerRange,
                [&](int64_t begin, int64_t end, int) { level.write_kv(args, begin, end); });
 
   const int64_t tile_tokens = kAttentionTileRows / (args.num_heads / args.num_kv_heads);

@@ -3,11 +3,19 @@
 
 #include <cstdint>
 
+#include "quant_blocks.h"
+
 namespace helexa {
 
 constexpr int kPageSize = 64;           // keys in a page; also the block of the online softmax
 constexpr int kAttentionTileRows = 48;  // query rows that share one conversion of a page
 constexpr int kMaxHeadDim = 512;
+constexpr int kScaleBlock = 32;  // dimensions of a block of Q8_0
+
+// Bytes of the keys (or the values) of one head in a page of Q8_0: int8 codes, then a float16 scale a block.
+constexpr int64_t quantised_page_bytes(int head_dim) {
+  return int64_t(kPageSize) * (head_dim + head_dim / kScaleBlock * 2);
+}
 
 // N sequences with T new tokens in all, packed. Names, shapes and meaning as in ops/paged_attention.
 struct PagedAttention {
@@ -20,14 +28,16 @@ struct PagedAttention {
   const int32_t* page_tables;   // [N, pages_per_sequence]
   const int32_t* cu_seqlens;    // [N + 1]
   const int32_t* seq_lens;      // [N]
-  void* k_cache;                // [num_pages, num_kv_heads, kPageSize, head_dim]
-  void* v_cache;
+  // float: [num_pages, num_kv_heads, head_dim, kPageSize] and [.., kPageSize, head_dim]. Q8_0: [num_pages,
+  // num_kv_heads, quantised_page_bytes], codes of keys [head_dim / 4, kPageSize, 4], of values [kPageSize, head_dim];
+  // then scales [head_dim / 32, kPageSize].
+  void *k_cache, *v_cache;
   float* ctx;  // [T, num_heads * head_dim]
   int64_t num_tokens, num_sequences, pages_per_sequence, num_pages, max_positions;
   int num_heads, num_kv_heads, head_dim;
-  int rotary_dim;   // the first dimensions of each head, half-split; the others do not rotate
-  bool gated;       // the context is multiplied by sigmoid(gate)
-  bool half_cache;  // float16, else float32
+  int rotary_dim;     // the first dimensions of each head, half-split; the others do not rotate
+  bool gated;         // the context is multiplied by sigmoid(gate)
+  QuantType kv_type;  // F32, F16 or Q8_0
   double eps;
   float scale;
 
@@ -49,14 +59,16 @@ struct AttentionTile {
 
 // What one instruction-set level provides.
 struct AttentionKernels {
-  // Norm, rotation and cache write of key and value of new tokens [begin, end) * num_kv_heads, head innermost.
+  // Norm, rotation and cache write of key and value of pairs [begin, end) of (head, new token), token innermost.
   void (*write_kv)(const PagedAttention& args, int64_t begin, int64_t end);
   // scratch: attention_scratch_floats(head_dim) floats, 64-byte aligned.
   void (*attend)(const PagedAttention& args, const AttentionTile& tile, float* scratch);
 };
 
 constexpr int64_t attention_scratch_floats(int head_dim) {
-  return int64_t(2 * kPageSize + 2 * kAttentionTileRows) * head_dim + kAttentionTileRows * kPageSize;
+  const int64_t blocks = head_dim / kScaleBlock;
+  const int64_t quantised = 2 * (kPageSize + kAttentionTileRows) * blocks + kAttentionTileRows * head_dim / 4;
+  return int64_t(kPageSize + 2 * kAttentionTileRows) * head_dim + kAttentionTileRows * kPageSize + quantised;
 }
 
 extern const AttentionKernels kAttentionGeneric;

@@ -3,27 +3,55 @@
 
 constexpr int kDotBlock = 32;  // a score is summed in blocks of this many dimensions: smaller rounding errors
 
-// Keys of a page, transposed and converted: out[d][key], for the first `vectors` vectors of keys. Meanwhile as much as
-// these keys take is fetched from two other places: pages lie scattered, so the processor does not foresee them.
-template <class T>
-void transpose_keys(const T* keys, int head_dim, int vectors, float* out, const T* soon, const T* next) {
-  constexpr int kBlock = Vec::kWidth * Vec::kWidth, kLine = 64 / int(sizeof(T));
-  for (int v = 0; v < vectors; ++v) {
-    for (int d = 0; d < head_dim; d += Vec::kWidth) {
-      const int64_t done = int64_t(v) * Vec::kWidth * head_dim + int64_t(d) * Vec::kWidth;
-      for (int i = 0; i < kBlock; i += kLine) {
-        __builtin_prefetch(soon + done + i, 0, 3);
-        __builtin_prefetch(next + done + i, 0, 2);
-      }
-      Vec::transpose(keys + int64_t(v) * Vec::kWidth * head_dim + d, head_dim, out + d * kPageSize + v * Vec::kWidth,
-                     kPageSize);
-    }
+// Fetches other memory while a matrix is read, as many bytes of it as of the matrix: pages lie scattered, so the
+// processor does not foresee them.
+struct Ahead {
+  const char* at;
+
+  template <int kBytes>
+  void step() {
+#pragma GCC unroll 16
+    for (int i = 0; i < (kBytes + 63) / 64; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += (kBytes + 63) / 64 * 64;
   }
-}
+};
+
+// A matrix of a page, read in the form it is stored in: for few rows, where each of its elements is used that often.
+template <class T>
+struct StoredMatrix {
+  Matrix<T> matrix;
+  Ahead& ahead;
+
+  template <int kC>
+  void load(int64_t k, int first, Vec (&out)[kC]) {
+    ahead.step<kC * Vec::kWidth* int(sizeof(T))>();
+    matrix.template load<kC>(k, first, out);
+  }
+};
+
+// The same of codes [keys, dimensions] with the scales [dimensions / 32, keys], as floats.
+template <>
+struct StoredMatrix<int8_t> {
+  Matrix<int8_t> codes;
+  const float* scales;
+  Ahead& ahead;
+
+  template <int kC>
+  void load(int64_t k, int first, Vec (&out)[kC]) {
+    ahead.step<kC * Vec::kWidth>();
+    codes.load<kC>(k, first, out);
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c)
+      out[c] = out[c] * Vec::broadcast(scales[(first + c) * Vec::kWidth / kScaleBlock * kPageSize + k]);
+  }
+};
 
 template <class T>
-void convert(const T* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += Vec::kWidth) Vec::load(in + i).store(out + i);
+void convert(const T* in, int64_t n, float* out, Ahead& ahead) {
+  for (int64_t i = 0; i < n; i += Vec::kWidth) {
+    if (i * sizeof(T) % 64 == 0) ahead.step<64>();
+    Vec::load(in + i).store(out + i);
+  }
 }
 
 // RMSNorm and rotation of one head (of its first rotary_dim dimensions), then a factor. Squares are summed in double so
@@ -60,26 +88,103 @@ void norm_and_rotate(const float* x, const float* weight, double eps, const floa
   for (; d < head_dim; ++d) out[d] = x[d] * inverse.first() * weight[d] * factor;
 }
 
+// One block of Q8_0, quant/quantize.py bit for bit but that what is not finite gives a scale of NaN. Returns the scale
+// before it is rounded to float16.
+inline float quantise_block(const float* x, int8_t* codes) {
+  Vec largest = Vec::broadcast(0.0f), poison = Vec::broadcast(0.0f);
+  for (int i = 0; i < kScaleBlock; i += Vec::kWidth) {
+    const Vec v = Vec::load(x + i);
+    largest = max(largest, max(v, Vec::broadcast(0.0f) - v));
+    poison = multiply_add(v, Vec::broadcast(0.0f), poison);
+  }
+  const float scale = reduce_max(largest) / 127.0f + reduce_add(poison);
+  if (scale != scale) {
+    for (int i = 0; i < kScaleBlock; ++i) codes[i] = 0;
+    return scale;
+  }
+  float over = 1.0f / scale;
+  if (over > 3.402823466e38f) over = 0.0f;
+  for (int i = 0; i < kScaleBlock; ++i) {
+    const float scaled = x[i] * over;
+    codes[i] = int8_t(int(scaled + __builtin_copysignf(0.5f, scaled)));
+  }
+  return scale;
+}
+
+// Scales of a head as they are stored.
+inline void round_scales(float* scales, Half* out) {
+  for (int i = 0; i < kMaxHeadDim / kScaleBlock; i += Vec::kWidth)
+    min(Vec::broadcast(65504.0f), Vec::load(scales + i)).store(out + i);  // NaN stays
+}
+
+// The keys of a page lie [head_dim, kPageSize], its values [kPageSize, head_dim].
+template <class T>
+struct PageWriter {
+  T *k, *v;
+
+  PageWriter(const PagedAttention& p, int64_t page, int64_t head)
+      : k(static_cast<T*>(p.k_cache) + (page * p.num_kv_heads + head) * kPageSize * p.head_dim),
+        v(static_cast<T*>(p.v_cache) + (page * p.num_kv_heads + head) * kPageSize * p.head_dim) {}
+
+  void write(const float* key, const float* value, int64_t offset, int head_dim) {
+    alignas(64) T stored[kMaxHeadDim];
+    for (int d = 0; d < head_dim; d += Vec::kWidth) {
+      Vec::load(key + d).store(stored + d);
+      Vec::load(value + d).store(v + offset * head_dim + d);
+    }
+    for (int d = 0; d < head_dim; ++d) k[d * kPageSize + offset] = stored[d];
+  }
+};
+
+// Codes, for keys [head_dim / 4, kPageSize, 4], then scales [head_dim / 32, kPageSize] in float16.
+template <>
+struct PageWriter<int8_t> {
+  int8_t *k, *v;
+
+  PageWriter(const PagedAttention& p, int64_t page, int64_t head)
+      : k(static_cast<int8_t*>(p.k_cache) + (page * p.num_kv_heads + head) * quantised_page_bytes(p.head_dim)),
+        v(static_cast<int8_t*>(p.v_cache) + (page * p.num_kv_heads + head) * quantised_page_bytes(p.head_dim)) {}
+
+  void write(const float* key, const float* value, int64_t offset, int head_dim) {
+    alignas(64) int8_t codes[kMaxHeadDim];
+    quantise(key, codes, k + kPageSize * head_dim, offset, head_dim);
+    for (int d = 0; d < head_dim; d += 4) __builtin_memcpy(k + d * kPageSize + 4 * offset, codes + d, 4);
+    quantise(value, v + offset * head_dim, v + kPageSize * head_dim, offset, head_dim);
+  }
+
+ private:
+  static void quantise(const float* x, int8_t* codes, int8_t* scales, int64_t offset, int head_dim) {
+    alignas(64) float exact[kMaxHeadDim / kScaleBlock] = {};
+    alignas(64) Half rounded[kMaxHeadDim / kScaleBlock];
+    for (int d = 0; d < head_dim; d += kScaleBlock) exact[d / kScaleBlock] = quantise_block(x + d, codes + d);
+    round_scales(exact, rounded);
+    for (int b = 0; b < head_dim / kScaleBlock; ++b)
+      __builtin_memcpy(scales + (b * kPageSize + offset) * sizeof(Half), rounded + b, sizeof(Half));
+  }
+};
+
 template <class T>
 void write_kv_as(const PagedAttention& p, int64_t begin, int64_t end) {
   const int d = p.head_dim;
   alignas(64) float key[kMaxHeadDim];
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t token = i / p.num_kv_heads, head = i % p.num_kv_heads;
+    const int64_t head = i / p.num_tokens, token = i % p.num_tokens;
     const float* k = p.qkv + token * p.qkv_width() + p.keys_at() + head * d;
-    const float* v = k + int64_t(p.num_kv_heads) * d;
     const int64_t page = p.slot_mapping[token] / kPageSize, offset = p.slot_mapping[token] % kPageSize;
-    const int64_t place = ((page * p.num_kv_heads + head) * kPageSize + offset) * d;
     norm_and_rotate(k, p.k_norm, p.eps, p.cos_sin + p.positions[token] * p.rotary_dim, p.rotary_dim, d, 1.0f, key);
-    for (int j = 0; j < d; j += Vec::kWidth) {
-      Vec::load(key + j).store(static_cast<T*>(p.k_cache) + place + j);
-      Vec::load(v + j).store(static_cast<T*>(p.v_cache) + place + j);
-    }
+    PageWriter<T>(p, page, head).write(key, k + int64_t(p.num_kv_heads) * d, offset, d);
   }
 }
 
 void write_kv(const PagedAttention& p, int64_t begin, int64_t end) {
-  p.half_cache ? write_kv_as<Half>(p, begin, end) : write_kv_as<float>(p, begin, end);
+  switch (p.kv_type) {
+    case QuantType::F32:
+      return write_kv_as<float>(p, begin, end);
+    case QuantType::F16:
+      return write_kv_as<Half>(p, begin, end);
+    default:
+      return write_kv_as<int8_t>(p, begin, end);
+  }
 }
 
 // The step of the online softmax for one row and one page. `scores` becomes exp(score - new maximum), 0 from `valid`
@@ -107,18 +212,208 @@ float softmax_step(float* scores, int valid, int vectors, float* maximum, float*
   return factor;
 }
 
+// What the queries of a tile meet, page by page: the scores of a page's keys, then the sum of its values. One for each
+// way of storing them.
+template <class T>
+class Pages {
+ public:
+  Pages(const PagedAttention& p, int kv_head, float* scratch) : p_(p), kv_head_(kv_head), page_(scratch) {
+    for (float& one : ones_) one = 1.0f;
+  }
+
+  void take_queries(const float* queries, int rows) { queries_ = queries, rows_ = rows; }
+
+  void scores(int64_t page, int vectors, float* out) {
+    const T* k = at(p_.k_cache, page);
+    Ahead ahead{reinterpret_cast<const char*>(at(p_.v_cache, page))};
+    if (each_is_used_once()) {
+      multiply_blocks(StoredMatrix<T>{{k, kPageSize}, ahead}, vectors, out);
+    } else {
+      convert(k, int64_t(kPageSize) * p_.head_dim, page_, ahead);
+      multiply_blocks(Matrix<float>{page_, kPageSize}, vectors, out);
+    }
+  }
+
+  void add_values(int64_t page, int64_t next_page, const float* weights, const float* factor, int num_keys,
+                  float* context) {
+    const T* v = at(p_.v_cache, page);
+    Ahead ahead{reinterpret_cast<const char*>(at(p_.k_cache, next_page))};
+    const int d = p_.head_dim;
+    if (each_is_used_once()) {
+      multiply(weights, kPageSize, StoredMatrix<T>{{v, d}, ahead}, num_keys, factor, context, d, rows_,
+               d / Vec::kWidth);
+    } else {
+      convert(v, int64_t(num_keys) * d, page_, ahead);
+      multiply(weights, kPageSize, Matrix<float>{page_, d}, num_keys, factor, context, d, rows_, d / Vec::kWidth);
+    }
+  }
+
+ private:
+  const T* at(const void* cache, int64_t page) const {
+    return static_cast<const T*>(cache) + (page * p_.num_kv_heads + kv_head_) * kPageSize * p_.head_dim;
+  }
+  // Then it is converted where it is used.
+  bool each_is_used_once() const { return rows_ <= kRows; }
+
+  template <class B>
+  void multiply_blocks(B&& keys, int vectors, float* out) {
+    const int head_dim = p_.head_dim;
+    auto matrix = keys;
+    for (int d = 0; d < head_dim; d += kDotBlock) {
+      multiply(queries_ + d, head_dim, matrix, head_dim - d < kDotBlock ? head_dim - d : kDotBlock, d ? ones_ : nullptr,
+               out, kPageSize, rows_, vectors);
+      skip_rows(matrix);
+    }
+  }
+  static void skip_rows(StoredMatrix<T>& m) { m.matrix.data += kDotBlock * kPageSize; }
+  static void skip_rows(Matrix<float>& m) { m.data += kDotBlock * kPageSize; }
+
+  const PagedAttention& p_;
+  int kv_head_, rows_ = 0;
+  const float* queries_ = nullptr;
+  float* page_;  // [kPageSize * head_dim]
+  float ones_[kAttentionTileRows];
+};
+
+// Scores are sums of products of codes, block by block: queries are quantised too. Their scales stay in float32.
+template <>
+class Pages<int8_t> {
+ public:
+  Pages(const PagedAttention& p, int kv_head, float* scratch)
+      : p_(p), kv_head_(kv_head), blocks_(p.head_dim / kScaleBlock), page_(scratch) {
+    k_scales_ = page_ + kPageSize * p.head_dim;
+    v_scales_ = k_scales_ + kPageSize * blocks_;
+    query_scales_ = v_scales_ + kPageSize * blocks_;
+    query_sums_ = reinterpret_cast<int32_t*>(query_scales_ + kAttentionTileRows * blocks_);
+    query_codes_ = reinterpret_cast<int8_t*>(query_sums_ + kAttentionTileRows * blocks_);
+  }
+
+  void take_queries(const float* queries, int rows) {
+    rows_ = rows;
+    for (int i = 0; i < rows * blocks_; ++i) {
+      int8_t* codes = query_codes_ + i * kScaleBlock;
+      query_scales_[i] = quantise_block(queries + i * kScaleBlock, codes);
+      query_sums_[i] = 0;
+      for (int j = 0; j < kScaleBlock; ++j) query_sums_[i] += codes[j];
+    }
+  }
+
+  void scores(int64_t page, int vectors, float* out) {
+    const int8_t* k = at(p_.k_cache, page);
+    Ahead ahead{reinterpret_cast<const char*>(at(p_.v_cache, page))};
+    read_scales(k, k_scales_);
+    constexpr int kFew = 4;  // rows of a register block
+    for (int r = 0; r < rows_; r += kFew) {
+      switch (rows_ - r) {
+        case 1:
+          score_rows<1>(k, r, vectors, out, ahead);
+          break;
+        case 2:
+          score_rows<2>(k, r, vectors, out, ahead);
+          break;
+        case 3:
+          score_rows<3>(k, r, vectors, out, ahead);
+          break;
+        default:
+          score_rows<kFew>(k, r, vectors, out, ahead);
+      }
+    }
+  }
+
+  void add_values(int64_t page, int64_t next_page, const float* weights, const float* factor, int num_keys,
+                  float* context) {
+    const int8_t* v = at(p_.v_cache, page);
+    const int d = p_.head_dim, vectors = d / Vec::kWidth;
+    read_scales(v, v_scales_);
+    Ahead ahead{reinterpret_cast<const char*>(at(p_.k_cache, next_page))};
+    StoredMatrix<int8_t> stored{{v, d}, v_scales_, ahead};
+    if (rows_ <= kRows) {
+      multiply(weights, kPageSize, stored, num_keys, factor, context, d, rows_, vectors);
+      return;
+    }
+    for (int k = 0; k < num_keys; ++k) {
+      for (int c = 0; c < vectors; c += kScaleBlock / Vec::kWidth) {
+        Vec values[kScaleBlock / Vec::kWidth];
+        stored.load(k, c, values);
+        for (int i = 0; i < kScaleBlock / Vec::kWidth; ++i) values[i].store(page_ + k * d + (c + i) * Vec::kWidth);
+      }
+    }
+    multiply(weights, kPageSize, Matrix<float>{page_, d}, num_keys, factor, context, d, rows_, vectors);
+  }
+
+ private:
+  const int8_t* at(const void* cache, int64_t page) const {
+    return static_cast<const int8_t*>(cache) + (page * p_.num_kv_heads + kv_head_) * quantised_page_bytes(p_.head_dim);
+  }
+
+  void read_scales(const int8_t* page, float* out) const {
+    const auto* scales = reinterpret_cast<const Half*>(page + kPageSize * p_.head_dim);
+    for (int i = 0; i < kPageSize * blocks_; i += Vec::kWidth) Vec::load(scales + i).store(out + i);
+  }
+
+  template <int kR>
+  void score_rows(const int8_t* k, int row, int vectors, float* out, Ahead& ahead) {
+    constexpr int kC = Vec::kColumns;
+    int c = 0;
+    for (; c + kC <= vectors; c += kC) score_block<kR, kC>(k, row, c, out, ahead);
+    for (; c < vectors; ++c) score_block<kR, 1>(k, row, c, out, ahead);
+  }
+
+  template <int kR, int kC>
+  void score_block(const int8_t* k, int row, int first, float* out, Ahead& ahead) {
+    const int head_dim = p_.head_dim;
+    Vec score[kR][kC];
+    for (auto& line : score) {
+      for (Vec& s : line) s = Vec::broadcast(0.0f);
+    }
+    for (int b = 0; b < blocks_; ++b) {
+      Ints sum[kR][kC];
+      for (int r = 0; r < kR; ++r) {
+        for (Ints& s : sum[r]) s = Ints::begin(query_sums_[(row + r) * blocks_ + b]);
+      }
+      for (int d = b * kScaleBlock; d < (b + 1) * kScaleBlock; d += 4) {
+        Fours keys[kC];
+        ahead.step<kC * Vec::kWidth * 4>();
+#pragma GCC unroll 8
+        for (int i = 0; i < kC; ++i) keys[i] = Fours::load(k + d * kPageSize + (first + i) * Vec::kWidth * 4);
+#pragma GCC unroll 8
+        for (int r = 0; r < kR; ++r) {
+          int32_t query;
+          __builtin_memcpy(&query, query_codes_ + (row + r) * head_dim + d, sizeof query);
+#pragma GCC unroll 8
+          for (int i = 0; i < kC; ++i) sum[r][i].add_products(keys[i], query);
+        }
+      }
+      for (int i = 0; i < kC; ++i) {
+        const Vec k_scale = Vec::load(k_scales_ + b * kPageSize + (first + i) * Vec::kWidth);
+        for (int r = 0; r < kR; ++r) {
+          const Vec scale = k_scale * Vec::broadcast(query_scales_[(row + r) * blocks_ + b]);
+          score[r][i] = multiply_add(sum[r][i].to_floats(), scale, score[r][i]);
+        }
+      }
+    }
+    for (int r = 0; r < kR; ++r) {
+      for (int i = 0; i < kC; ++i) score[r][i].store(out + (row + r) * kPageSize + (first + i) * Vec::kWidth);
+    }
+  }
+
+  const PagedAttention& p_;
+  int kv_head_, rows_ = 0, blocks_;
+  float *page_, *k_scales_, *v_scales_,
+      *query_scales_;    // [kPageSize, head_dim], 2 x [blocks, kPageSize], [rows, blocks]
+  int32_t* query_sums_;  // [rows, blocks]
+  int8_t* query_codes_;  // [rows, head_dim]
+};
+
 template <class T>
 void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratch) {
   const int head_dim = p.head_dim, group = p.num_heads / p.num_kv_heads;
   const int rows = int(tile.num_tokens) * group;
-  float* keys = scratch;                                     // [head_dim, kPageSize]
-  float* values = keys + kPageSize * head_dim;               // [kPageSize, head_dim]
-  float* queries = values + kPageSize * head_dim;            // [kAttentionTileRows, head_dim]
+  float* queries = scratch;                                  // [kAttentionTileRows, head_dim]
   float* context = queries + kAttentionTileRows * head_dim;  // [kAttentionTileRows, head_dim]
   float* scores = context + kAttentionTileRows * head_dim;   // [kAttentionTileRows, kPageSize]
+  Pages<T> kv(p, tile.kv_head, scores + kAttentionTileRows * kPageSize);
   float maximum[kAttentionTileRows], sum[kAttentionTileRows], factor[kAttentionTileRows];
-  float ones[kAttentionTileRows];
-  for (float& one : ones) one = 1.0f;
 
   for (int r = 0; r < rows; ++r) {
     const int64_t token = tile.first_token + r / group;
@@ -129,36 +424,22 @@ void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratc
     maximum[r] = -__builtin_inff();
     sum[r] = 0.0f;
   }
+  kv.take_queries(queries, rows);
   for (int64_t i = 0; i < int64_t(rows) * head_dim; ++i) context[i] = 0.0f;
 
   const int32_t* pages = p.page_tables + tile.sequence * p.pages_per_sequence;
   const int64_t length = p.positions[tile.first_token + tile.num_tokens - 1] + 1;  // keys that the last row sees
   for (int64_t first_key = 0; first_key < length; first_key += kPageSize) {
     const int num_keys = length - first_key < kPageSize ? int(length - first_key) : kPageSize;
-    const int vectors = (num_keys + Vec::kWidth - 1) / Vec::kWidth;
-    const int64_t place =
-        (int64_t(pages[first_key / kPageSize]) * p.num_kv_heads + tile.kv_head) * kPageSize * head_dim;
-    const T* v = static_cast<const T*>(p.v_cache) + place;
-    const int64_t next_page = pages[first_key + kPageSize < length ? first_key / kPageSize + 1 : first_key / kPageSize];
-    const int64_t next_place = (next_page * p.num_kv_heads + tile.kv_head) * kPageSize * head_dim;
-    const T* k = static_cast<const T*>(p.k_cache);
-    transpose_keys(k + place, head_dim, vectors, keys, v, k + next_place);
-    for (int d = 0; d < head_dim; d += kDotBlock) {
-      multiply(queries + d, head_dim, keys + d * kPageSize, kPageSize,
-               head_dim - d < kDotBlock ? head_dim - d : kDotBlock, d ? ones : nullptr, scores, kPageSize, rows,
-               vectors);
-    }
+    const int32_t* page = pages + first_key / kPageSize;
+    kv.scores(*page, (num_keys + Vec::kWidth - 1) / Vec::kWidth, scores);
     for (int r = 0; r < rows; ++r) {
       const int64_t visible = p.positions[tile.first_token + r / group] + 1 - first_key;
       const int valid = visible < 0 ? 0 : visible < num_keys ? int(visible) : num_keys;
-      factor[r] = softmax_step(scores + r * kPageSize, valid, vectors, maximum + r, sum + r);
+      factor[r] =
+          softmax_step(scores + r * kPageSize, valid, (num_keys + Vec::kWidth - 1) / Vec::kWidth, maximum + r, sum + r);
     }
-    if (rows <= kRows || sizeof(T) == sizeof(float)) {  // each value is used once, or needs no conversion
-      multiply(scores, kPageSize, v, head_dim, num_keys, factor, context, head_dim, rows, head_dim / Vec::kWidth);
-    } else {
-      convert(v, int64_t(num_keys) * head_dim, values);
-      multiply(scores, kPageSize, values, head_dim, num_keys, factor, context, head_dim, rows, head_dim / Vec::kWidth);
-    }
+    kv.add_values(*page, first_key + kPageSize < length ? page[1] : *page, scores, factor, num_keys, context);
   }
 
   for (int r = 0; r < rows; ++r) {
@@ -174,5 +455,12 @@ void attend_as(const PagedAttention& p, const AttentionTile& tile, float* scratc
 }
 
 void attend(const PagedAttention& p, const AttentionTile& tile, float* scratch) {
-  p.half_cache ? attend_as<Half>(p, tile, scratch) : attend_as<float>(p, tile, scratch);
+  switch (p.kv_type) {
+    case QuantType::F32:
+      return attend_as<float>(p, tile, scratch);
+    case QuantType::F16:
+      return attend_as<Half>(p, tile, scratch);
+    default:
+      return attend_as<int8_t>(p, tile, scratch);
+  }
 }

@@ -13,6 +13,9 @@ struct Vec {
   static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static Vec load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(Half* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -87,3 +90,27 @@ inline float reduce_add(Vec a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+
+// Four codes in -127..127 in each lane.
+struct Fours {
+  __m256i v, magnitude;  // one factor of the product has no sign
+
+  static Fours load(const int8_t* p) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {codes, _mm256_abs_epi8(codes)};
+  }
+};
+
+// An integer in each lane.
+struct Ints {
+  __m256i v;
+
+  // What a sum of products with `other` begins with, where `other_sum` is the sum of all codes of the others.
+  static Ints begin(int32_t) { return {_mm256_setzero_si256()}; }
+  // Adds to each lane the products of its four codes with the four of `other`. Two of them fit 16 bits.
+  void add_products(Fours a, int32_t other) {
+    const __m256i pairs = _mm256_maddubs_epi16(a.magnitude, _mm256_sign_epi8(_mm256_set1_epi32(other), a.v));
+    v = _mm256_add_epi32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  Vec to_floats() const { return {_mm256_cvtepi32_ps(v)}; }
+};

@@ -13,6 +13,9 @@ struct Vec {
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  static Vec load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(Half* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -82,3 +85,21 @@ inline Vec select_first(int n, Vec a, Vec b) {
 }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+
+// Four codes in -127..127 in each lane.
+struct Fours {
+  __m512i v;  // codes + 128: one factor of the product has no sign
+
+  static Fours load(const int8_t* p) { return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))}; }
+};
+
+// An integer in each lane.
+struct Ints {
+  __m512i v;
+
+  // What a sum of products with `other` begins with, where `other_sum` is the sum of all codes of the others.
+  static Ints begin(int32_t other_sum) { return {_mm512_set1_epi32(-128 * other_sum)}; }
+  // Adds to each lane the products of its four codes with the four of `other`.
+  void add_products(Fours a, int32_t other) { v = _mm512_dpbusd_epi32(v, a.v, _mm512_set1_epi32(other)); }
+  Vec to_floats() const { return {_mm512_cvtepi32_ps(v)}; }
+};

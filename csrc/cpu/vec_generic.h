@@ -26,6 +26,11 @@ struct Vec {
     for (int i = 0; i < kWidth; ++i) a.v[i] = float_from_half(p[i].bits);
     return a;
   }
+  static Vec load(const int8_t* p) {
+    Vec a;
+    for (int i = 0; i < kWidth; ++i) a.v[i] = p[i];
+    return a;
+  }
   void store(float* p) const { __builtin_memcpy(p, v, sizeof v); }
   void store(Half* p) const {
     for (int i = 0; i < kWidth; ++i) p[i].bits = half_from_float(v[i]);
@@ -101,3 +106,33 @@ inline float reduce_max(Vec a) {
 inline float reduce_add(Vec a) {
   return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
 }
+
+// Four codes in -127..127 in each lane.
+struct Fours {
+  int8_t v[Vec::kWidth][4];
+
+  static Fours load(const int8_t* p) {
+    Fours a;
+    __builtin_memcpy(a.v, p, sizeof a.v);
+    return a;
+  }
+};
+
+// An integer in each lane.
+struct Ints {
+  int32_t v[Vec::kWidth];
+
+  // What a sum of products with `other` begins with, where `other_sum` is the sum of all codes of the others.
+  static Ints begin(int32_t) { return {}; }
+  // Adds to each lane the products of its four codes with the four of `other`.
+  void add_products(Fours a, int32_t other) {
+    int8_t b[4];
+    __builtin_memcpy(b, &other, sizeof b);
+    for (int i = 0; i < Vec::kWidth; ++i) {
+      for (int j = 0; j < 4; ++j) v[i] += a.v[i][j] * b[j];
+    }
+  }
+  Vec to_floats() const {
+    return each([&](int i) { return float(v[i]); });
+  }
+};

@@ -36,19 +36,32 @@ inline Vec sigmoid(Vec x) {
 
 constexpr int kRows = 6;  // rows of a register block
 
+// The right factor of `multiply`: a matrix [k, columns] in memory. Others than this one convert what they read.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t stride;
+
+  // kC vectors of row k from vector `first` on.
+  template <int kC>
+  void load(int64_t k, int first, Vec (&out)[kC]) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kC; ++c) out[c] = Vec::load(data + k * stride + (first + c) * Vec::kWidth);
+  }
+};
+
 // out[r][c] = out[r][c] * factor[r] + sum over k, in order, of a[r][k] * b[k][c], for kR rows and kC vectors of
-// columns; without factors the sum alone. The sum of one element never depends on kR or kC.
-template <int kR, int kC, class T>
-void multiply_block(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
-                    float* out, int64_t out_stride) {
+// columns from vector `first` on; without factors the sum alone. The sum of one element never depends on kR or kC.
+template <int kR, int kC, class B>
+void multiply_block(const float* a, int64_t a_stride, B& b, int first, int k_end, const float* factor, float* out,
+                    int64_t out_stride) {
   Vec sum[kR][kC];
   for (auto& row : sum) {
     for (Vec& s : row) s = Vec::broadcast(0.0f);
   }
   for (int k = 0; k < k_end; ++k) {
     Vec column[kC];
-#pragma GCC unroll 8
-    for (int c = 0; c < kC; ++c) column[c] = Vec::load(b + k * b_stride + c * Vec::kWidth);
+    b.template load<kC>(k, first, column);
 #pragma GCC unroll 8
     for (int r = 0; r < kR; ++r) {
       const Vec row = Vec::broadcast(a[r * a_stride + k]);
@@ -58,52 +71,53 @@ void multiply_block(const float* a, int64_t a_stride, const T* b, int64_t b_stri
   }
   for (int r = 0; r < kR; ++r) {
     for (int c = 0; c < kC; ++c) {
-      float* place = out + r * out_stride + c * Vec::kWidth;
+      float* place = out + r * out_stride + (first + c) * Vec::kWidth;
       if (factor) sum[r][c] = multiply_add(Vec::load(place), Vec::broadcast(factor[r]), sum[r][c]);
       sum[r][c].store(place);
     }
   }
 }
 
-template <int kR, class T>
-void multiply_rows(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
-                   float* out, int64_t out_stride, int vectors) {
+template <int kR, class B>
+void multiply_rows(const float* a, int64_t a_stride, B& b, int k_end, const float* factor, float* out,
+                   int64_t out_stride, int vectors) {
   int c = 0;
-  for (; c + Vec::kColumns <= vectors; c += Vec::kColumns) {
-    multiply_block<kR, Vec::kColumns>(a, a_stride, b + c * Vec::kWidth, b_stride, k_end, factor, out + c * Vec::kWidth,
-                                      out_stride);
+  if constexpr (kR <= 2) {  // enough sums at a time to hide how long a product takes
+    constexpr int kWide = 2 * Vec::kColumns;
+    for (; c + kWide <= vectors; c += kWide)
+      multiply_block<kR, kWide>(a, a_stride, b, c, k_end, factor, out, out_stride);
   }
-  for (; c < vectors; ++c) {
-    multiply_block<kR, 1>(a, a_stride, b + c * Vec::kWidth, b_stride, k_end, factor, out + c * Vec::kWidth, out_stride);
-  }
+  for (; c + Vec::kColumns <= vectors; c += Vec::kColumns)
+    multiply_block<kR, Vec::kColumns>(a, a_stride, b, c, k_end, factor, out, out_stride);
+  for (; c < vectors; ++c) multiply_block<kR, 1>(a, a_stride, b, c, k_end, factor, out, out_stride);
 }
 
 // out [rows, vectors * kWidth] = out * factor (or nothing) + a [rows, k_end] b [k_end, vectors * kWidth].
-template <class T>
-void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, int k_end, const float* factor,
-              float* out, int64_t out_stride, int rows, int vectors) {
+template <class B>
+void multiply(const float* a, int64_t a_stride, B&& b, int k_end, const float* factor, float* out, int64_t out_stride,
+              int rows, int vectors) {
   for (int r = 0; r < rows; r += kRows) {
     const float* a_rows = a + r * a_stride;
     const float* factors = factor ? factor + r : nullptr;
     float* out_rows = out + r * out_stride;
     switch (rows - r) {
       case 1:
-        multiply_rows<1>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        multiply_rows<1>(a_rows, a_stride, b, k_end, factors, out_rows, out_stride, vectors);
         break;
       case 2:
-        multiply_rows<2>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        multiply_rows<2>(a_rows, a_stride, b, k_end, factors, out_rows, out_stride, vectors);
         break;
       case 3:
-        multiply_rows<3>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        multiply_rows<3>(a_rows, a_stride, b, k_end, factors, out_rows, out_stride, vectors);
         break;
       case 4:
-        multiply_rows<4>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        multiply_rows<4>(a_rows, a_stride, b, k_end, factors, out_rows, out_stride, vectors);
         break;
       case 5:
-        multiply_rows<5>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        multiply_rows<5>(a_rows, a_stride, b, k_end, factors, out_rows, out_stride, vectors);
         break;
       default:
-        multiply_rows<kRows>(a_rows, a_stride, b, b_stride, k_end, factors, out_rows, out_stride, vectors);
+        multiply_rows<kRows>(a_rows, a_stride, b, k_end, factors, out_rows, out_stride, vectors);
     }
   }
 }

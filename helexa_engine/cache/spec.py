@@ -6,40 +6,63 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import InvalidRequest
+
 if TYPE_CHECKING:
     import torch
 
 PAGE_SIZE = 64  # tokens; also the block of the attention's online softmax and the border of prefill chunks
 
-KvDtype = Literal["float32", "float16"]
+KvDtype = Literal["float32", "float16", "q8_0"]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCacheSpec:
-    """Keys and values of one attention layer, in pages of :data:`PAGE_SIZE` tokens."""
+    """Keys and values of one attention layer, in pages of :data:`PAGE_SIZE` tokens.
+
+    Raises:
+        InvalidRequest: ``q8_0`` with a head dimension that blocks of 32 do not fill.
+    """
 
     num_kv_heads: int
     head_dim: int
     dtype: KvDtype
     page_size: int = PAGE_SIZE
 
+    def __post_init__(self) -> None:
+        if self.dtype == "q8_0" and self.head_dim % 32:
+            raise InvalidRequest(
+                "kv_dtype",
+                f"q8_0 needs heads of a multiple of 32 dimensions, the model's have {self.head_dim}; take float16",
+            )
+
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, keys and values."""
-        return 2 * self.num_kv_heads * self.page_size * self.head_dim * (4 if self.dtype == "float32" else 2)
+        values = self.num_kv_heads * self.page_size * self.head_dim
+        if self.dtype == "q8_0":
+            return 2 * values // 32 * 34  # a block of 32 and its scale
+        return 2 * values * (4 if self.dtype == "float32" else 2)
 
     def allocate(self, num_pages: int) -> AttentionCache:
-        """Zeroed keys and values [num_pages, num_kv_heads, page_size, head_dim]."""
+        """Zeroed keys and values of ``num_pages`` pages, as ``ops/paged_attention/reference.py`` lays them out."""
         import torch
 
-        shape = (num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+        pages = (num_pages, self.num_kv_heads)
+        if self.dtype == "q8_0":
+            page = self.page_size * self.head_dim // 32 * 34
+            return AttentionCache(*(torch.zeros(*pages, page, dtype=torch.int8) for _ in range(2)))
         dtype = getattr(torch, self.dtype)
-        return AttentionCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        return AttentionCache(
+            torch.zeros(*pages, self.head_dim, self.page_size, dtype=dtype),
+            torch.zeros(*pages, self.page_size, self.head_dim, dtype=dtype),
+        )
 
 
 @dataclass(slots=True)
 class AttentionCache:
-    """``k`` and ``v``: [num_pages, num_kv_heads, page_size, head_dim], float16 or float32."""
+    """``k`` [num_pages, num_kv_heads, head_dim, page_size] and ``v`` [.., page_size, head_dim], float16 or float32; q8_0: int8
+    [num_pages, num_kv_heads, page_size * head_dim / 32 * 34], blocks of 32 dimensions as planes of codes and scales."""
 
     k: torch.Tensor
     v: torch.Tensor

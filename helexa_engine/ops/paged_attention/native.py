@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ...quant import types
 from ..packed_sequences import address_of
 from ..registry import require_native
 
 OP = "paged_attention"
+PAGE_SIZE = 64
+_KV_TYPES = {torch.float32: types.F32, torch.float16: types.F16, torch.int8: types.Q8_0}
 _native = require_native()
 
 
@@ -27,13 +30,14 @@ def paged_attention(
     scale: float,
     gated: bool = False,
 ) -> torch.Tensor:
-    """See :func:`helexa_engine.ops.paged_attention.reference.paged_attention`; pages hold 64 tokens.
+    """See :func:`helexa_engine.ops.paged_attention.reference.paged_attention`.
 
     Raises:
         ValueError: a tensor of another shape or dtype; a position, slot or page that is out of range or does not belong to its
             sequence. Nothing is written then.
     """
-    num_pages, num_kv_heads, _, head_dim = k_cache.shape
+    num_pages, num_kv_heads = k_cache.shape[:2]
+    (head_dim,) = q_norm.shape
     num_tokens, width = qkv.shape
     num_sequences, pages_per_sequence = page_tables.shape
     query_parts = 2 if gated else 1
@@ -43,8 +47,15 @@ def paged_attention(
         raise ValueError(
             f"paged_attention: qkv: expected [T, ({queries} + {2 * num_kv_heads}) * {head_dim}], got {tuple(qkv.shape)}"
         )
-    cache_shape = (num_pages, num_kv_heads, 64, head_dim)
-    cache_dtype = torch.float16 if k_cache.dtype == torch.float16 else torch.float32
+    kv_type = _KV_TYPES.get(k_cache.dtype)
+    if kv_type is None:
+        expected = ", ".join(map(str, _KV_TYPES))
+        raise ValueError(f"paged_attention: k_cache: expected one of {expected}, got {k_cache.dtype}")
+    if kv_type is types.Q8_0:
+        k_shape = v_shape = (num_pages, num_kv_heads, types.Q8_0.row_bytes(PAGE_SIZE * head_dim))
+    else:
+        k_shape = (num_pages, num_kv_heads, head_dim, PAGE_SIZE)
+        v_shape = (num_pages, num_kv_heads, PAGE_SIZE, head_dim)
     ctx = torch.empty((num_tokens, num_heads * head_dim), dtype=torch.float32)
     if num_tokens == 0:
         return ctx
@@ -62,10 +73,10 @@ def paged_attention(
         address_of(OP, "cu_seqlens", cu_seqlens, torch.int32, (num_sequences + 1,)),
         address_of(OP, "seq_lens", seq_lens, torch.int32, (num_sequences,)),
         num_sequences,
-        address_of(OP, "k_cache", k_cache, cache_dtype, cache_shape),
-        address_of(OP, "v_cache", v_cache, cache_dtype, cache_shape),
+        address_of(OP, "k_cache", k_cache, k_cache.dtype, k_shape),
+        address_of(OP, "v_cache", v_cache, k_cache.dtype, v_shape),
         num_pages,
-        cache_dtype == torch.float16,
+        kv_type.number,
         gated,
         num_heads,
         num_kv_heads,

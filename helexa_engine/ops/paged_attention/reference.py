@@ -2,7 +2,82 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+
+from ...quant import dequantize, quantize, types
+
+PAGE_SIZE = 64  # tokens
+_BLOCK = types.Q8_0.block_size
+
+
+def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q8_0 of float32 [..., D]: codes int8 [..., D] and scales float16 [..., D/32]. Of a block that is not finite the codes are
+    0 and the scale is NaN, so that it shows."""
+    finite = x.unflatten(-1, (-1, _BLOCK)).isfinite().all(-1)
+    clean = torch.where(finite[..., None], x.unflatten(-1, (-1, _BLOCK)), 0.0).flatten(-2)
+    blocks = quantize.quantize(clean.numpy(), types.Q8_0).view(dequantize.Q8_0_BLOCK)
+    scales = torch.from_numpy(blocks["d"].astype(np.float16).reshape(finite.shape))
+    codes = torch.from_numpy(blocks["qs"].astype(np.int8).reshape(x.shape))
+    return codes, torch.where(finite, scales, float("nan"))
+
+
+def quantised_query(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is left of queries [..., D] float32 that meet Q8_0 keys: codes as of Q8_0, scales that stay float32."""
+    codes, _ = quantise(x)
+    blocks = x.unflatten(-1, (-1, _BLOCK))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127 + (0 * blocks).sum(-1, keepdim=True)  # not finite: NaN
+    return (codes.unflatten(-1, (-1, _BLOCK)).to(dtype) * scales.to(dtype)).flatten(-2)
+
+
+class FloatPages:
+    """Keys [num_pages, Hkv, D, 64], so that a page's scores are sums of rows, and values [num_pages, Hkv, 64, D]."""
+
+    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        self._k, self._v = k_cache.transpose(2, 3), v_cache
+
+    def write(self, pages: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keys and values [T, Hkv, D] of tokens at ``offsets`` [T] of ``pages`` [T]."""
+        self._k[pages, :, offsets] = k.to(self._k.dtype)
+        self._v[pages, :, offsets] = v.to(self._v.dtype)
+
+    def read(self, pages: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [P, Hkv, 64, D] of ``pages`` [P]."""
+        return self._k[pages].to(dtype), self._v[pages].to(dtype)
+
+
+class QuantisedPages:
+    """Q8_0 along D, int8 [num_pages, Hkv, 64 * D / 32 * 34]: first the codes, then the scales in float16.
+
+    A vector of the processor takes the same dimensions of as many keys as fit, four of each, which is what its integer products
+    add up: codes of keys lie [D / 4, 64, 4]. Those of values lie [64, D], and the scales of both [D / 32, 64].
+    """
+
+    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int) -> None:
+        size = PAGE_SIZE * head_dim
+        self._k = k_cache[..., :size].unflatten(-1, (head_dim // 4, PAGE_SIZE, 4)).transpose(2, 3)
+        self._v = v_cache[..., :size].unflatten(-1, (PAGE_SIZE, head_dim))
+        self._k_scales, self._v_scales = (
+            cache[..., size:].view(torch.float16).unflatten(-1, (head_dim // _BLOCK, PAGE_SIZE)).transpose(2, 3)
+            for cache in (k_cache, v_cache)
+        )
+
+    def write(self, pages: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """As :meth:`FloatPages.write`, float32."""
+        codes, self._k_scales[pages, :, offsets] = quantise(k)
+        self._k[pages, :, offsets] = codes.unflatten(-1, (-1, 4))
+        self._v[pages, :, offsets], self._v_scales[pages, :, offsets] = quantise(v)
+
+    def read(self, pages: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`FloatPages.read`."""
+
+        def values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+            return codes.to(dtype) * scales.to(dtype).repeat_interleave(_BLOCK, -1)
+
+        return (
+            values(self._k[pages].flatten(-2), self._k_scales[pages]),
+            values(self._v[pages], self._v_scales[pages]),
+        )
 
 
 def head_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -49,9 +124,11 @@ def paged_attention(
         page_tables: [N, P] int32.
         cu_seqlens: [N+1] int32.
         seq_lens: [N] int32, lengths including the new tokens.
-        k_cache, v_cache: [num_pages, Hkv, page_size, D] float16 or float32, written in place.
+        k_cache, v_cache: pages of 64 tokens, written in place; float16 or float32 as :class:`FloatPages` has them, or Q8_0 as
+            :class:`QuantisedPages` does.
         gated: whether the context is multiplied by ``sigmoid(gate)``.
-        compute_dtype: dtype of every step; keys and values still pass through the cache's own dtype.
+        compute_dtype: dtype of every step; keys and values still pass through the cache's own dtype. With Q8_0 pages queries and
+            keys are float32 until they are quantised, and scores are products of what is left of both.
 
     Returns:
         [T, Hq * D] in ``compute_dtype``.
@@ -59,49 +136,55 @@ def paged_attention(
     Raises:
         ValueError: a position, slot or page outside its table.
     """
-    num_pages, num_kv_heads, page_size, head_dim = k_cache.shape
+    num_pages, num_kv_heads = k_cache.shape[:2]
+    (head_dim,) = q_norm.shape
+    quantised = k_cache.dtype == torch.int8
+    cache = QuantisedPages(k_cache, v_cache, head_dim) if quantised else FloatPages(k_cache, v_cache)
     num_tokens = qkv.shape[0]
     query_parts = 2 if gated else 1
     num_heads = (qkv.shape[1] // head_dim - 2 * num_kv_heads) // query_parts
     for name, value, limit in (
         ("positions", positions, cos_sin.shape[0]),
-        ("slot_mapping", slot_mapping, num_pages * page_size),
+        ("slot_mapping", slot_mapping, num_pages * PAGE_SIZE),
     ):
         if num_tokens and not (0 <= int(value.min()) and int(value.max()) < limit):
             raise ValueError(
                 f"paged_attention: {name}: expected 0 <= value < {limit}, got {int(value.min())}..{int(value.max())}"
             )
 
-    heads = qkv.to(compute_dtype).view(num_tokens, query_parts * num_heads + 2 * num_kv_heads, head_dim)
+    heads = qkv.to(torch.float32 if quantised else compute_dtype).view(
+        num_tokens, query_parts * num_heads + 2 * num_kv_heads, head_dim
+    )
     q, k, v = torch.split(heads, [query_parts * num_heads, num_kv_heads, num_kv_heads], dim=1)
     gate = q[:, 1::2] if gated else None
     q = q[:, ::query_parts]
     at = cos_sin[positions]
     q = rotate(head_norm(q, q_norm, eps), at)
     k = rotate(head_norm(k, k_norm, eps), at)
-    pages, offsets = slot_mapping // page_size, slot_mapping % page_size
-    k_cache[pages, :, offsets] = k.to(k_cache.dtype)
-    v_cache[pages, :, offsets] = v.to(v_cache.dtype)
+    cache.write(slot_mapping // PAGE_SIZE, slot_mapping % PAGE_SIZE, k, v)
+    q = q * scale
+    if quantised:
+        q = quantised_query(q, compute_dtype)
 
     context = torch.empty((num_tokens, num_heads, head_dim), dtype=compute_dtype)
     group = num_heads // num_kv_heads
     for i in range(seq_lens.shape[0]):
         begin, end, length = int(cu_seqlens[i]), int(cu_seqlens[i + 1]), int(seq_lens[i])
-        table = page_tables[i, : -(-length // page_size)].long()
+        table = page_tables[i, : -(-length // PAGE_SIZE)].long()
         if length and not (0 <= int(table.min()) and int(table.max()) < num_pages):
             raise ValueError(
                 f"paged_attention: page_tables[{i}]: expected 0 <= page < {num_pages}, got {table.tolist()}"
             )
-        # [P, Hkv, page_size, D] -> [Hq, length, D]
+        # [P, Hkv, 64, D] -> [Hq, length, D]
         keys, values = (
-            cache[table].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length].to(compute_dtype)
-            for cache in (k_cache, v_cache)
+            rows.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length]
+            for rows in cache.read(table, compute_dtype)
         )
         keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-        scores = (q[begin:end].transpose(0, 1) @ keys.transpose(1, 2)) * scale
+        scores = q[begin:end].transpose(0, 1) @ keys.transpose(1, 2)
         future = torch.arange(length)[None, :] > positions[begin:end, None]
         scores = scores.masked_fill(future, float("-inf"))
         context[begin:end] = (scores.softmax(-1) @ values).transpose(0, 1)
     if gate is not None:
-        context *= torch.sigmoid(gate)
+        context *= torch.sigmoid(gate.to(compute_dtype))
     return context.view(num_tokens, num_heads * head_dim)

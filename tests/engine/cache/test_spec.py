@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helexa_engine.cache.spec import PAGE_SIZE, AttentionCacheSpec, KvDtype, StateCacheSpec
+from helexa_engine.errors import InvalidRequest
 
 
 def nbytes(*tensors: torch.Tensor) -> int:
@@ -16,10 +17,22 @@ def nbytes(*tensors: torch.Tensor) -> int:
 def test_pages_take_the_bytes_that_are_planned(dtype: KvDtype) -> None:
     spec = AttentionCacheSpec(num_kv_heads=2, head_dim=48, dtype=dtype)
     cache = spec.allocate(3)
-    assert cache.k.shape == cache.v.shape == (3, 2, PAGE_SIZE, 48)
+    assert cache.k.shape == (3, 2, 48, PAGE_SIZE) and cache.v.shape == (3, 2, PAGE_SIZE, 48)
     assert cache.k.dtype == cache.v.dtype == getattr(torch, dtype)
     assert nbytes(cache.k, cache.v) == 3 * spec.page_bytes
     assert not cache.k.any() and not cache.v.any()
+
+
+def test_quantised_pages_take_the_bytes_that_are_planned() -> None:
+    spec = AttentionCacheSpec(num_kv_heads=2, head_dim=96, dtype="q8_0")
+    cache = spec.allocate(3)
+    assert cache.k.dtype == cache.v.dtype == torch.int8
+    assert nbytes(cache.k, cache.v) == 3 * spec.page_bytes == 3 * 2 * 2 * PAGE_SIZE * 96 * 34 // 32
+
+
+def test_heads_that_blocks_do_not_fill_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="kv_dtype.*multiple of 32 dimensions, the model's have 80; take float16"):
+        AttentionCacheSpec(num_kv_heads=2, head_dim=80, dtype="q8_0")
 
 
 def test_states_take_the_bytes_that_are_planned_and_are_cleared_slot_by_slot() -> None:

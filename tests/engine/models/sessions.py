@@ -61,7 +61,7 @@ class Pool:
                 (layer.k, layer.v) if isinstance(layer, AttentionCache) else (layer.conv_state, layer.recurrent_state)
             )
             for tensor in tensors:
-                tensor.fill_(float("nan"))
+                tensor.view(torch.int8).fill_(-1)  # NaN, also as scales of codes
 
     @property
     def states(self) -> list[StateCache]:

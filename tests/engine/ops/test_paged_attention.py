@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from helexa_engine.cache.spec import AttentionCacheSpec, KvDtype
 from helexa_engine.ops.paged_attention import reference
 from helexa_engine.ops.registry import native_core
 
@@ -27,7 +28,7 @@ class Case:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    kv_dtype: KvDtype
     qkv: list[torch.Tensor]  # per sequence [length, width], all tokens
     pages: list[list[int]]
     num_pages: int
@@ -36,10 +37,11 @@ class Case:
     cos_sin: torch.Tensor
     gated: bool = False
 
-    def empty_cache(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (self.num_pages, self.num_kv_heads, PAGE_SIZE, self.head_dim)
-        k, v = (torch.full(shape, float("nan"), dtype=dtype or self.dtype) for _ in range(2))
-        return k, v
+    def empty_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = AttentionCacheSpec(self.num_kv_heads, self.head_dim, self.kv_dtype).allocate(self.num_pages)
+        for tensor in (cache.k, cache.v):
+            tensor.view(torch.int8).fill_(-1)  # NaN, also as scales
+        return cache.k, cache.v
 
     def run(self, module, cache, spans, which=None, **options) -> torch.Tensor:
         """One call over tokens ``begin:end`` of the sequences ``which`` (default: all)."""
@@ -67,7 +69,7 @@ class Case:
         return [(0, len(rows)) for rows in self.qkv]
 
 
-def make(lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, dtype=torch.float16, seed=0) -> Case:
+def make(lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, kv_dtype="float16", seed=0) -> Case:
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     width = ((2 if gated else 1) * num_heads + 2 * num_kv_heads) * head_dim
@@ -77,12 +79,16 @@ def make(lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, dt
     pages = [[shuffled.pop() for _ in range(count)] for count in counts]
     angles = torch.arange(max(lengths) + 1)[:, None] * 10000 ** (-torch.arange(half) / half)
     return Case(
-        num_heads, num_kv_heads, head_dim, dtype,
+        num_heads, num_kv_heads, head_dim, kv_dtype,
         [2 * torch.randn(length, width, generator=generator) for length in lengths],
         pages, sum(counts) + 3,
         1 + 0.2 * torch.randn(head_dim, generator=generator), 1 + 0.2 * torch.randn(head_dim, generator=generator),
         torch.cat([angles.cos(), angles.sin()], -1).float(), gated,
     )  # fmt: skip
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int8), b.view(torch.int8))
 
 
 def assert_as_good_as_the_twin(case: Case, spans=None) -> None:
@@ -93,19 +99,18 @@ def assert_as_good_as_the_twin(case: Case, spans=None) -> None:
     twin = case.run(reference, twin_cache, spans)
     got = case.run(native, cache, spans)
     assert not got.isnan().any()
-    for ours, theirs in zip(cache, twin_cache, strict=True):
-        integers = torch.int16 if case.dtype == torch.float16 else torch.int32
-        nan = theirs.isnan()
-        assert torch.equal(ours.isnan(), nan)
-        assert torch.equal(ours.view(integers)[~nan], theirs.view(integers)[~nan])
+    assert all(map(same_bits, cache, twin_cache))
     assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
+
+
+every_kv_dtype = pytest.mark.parametrize("kv_dtype", ["float32", "float16", "q8_0"])
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_twin_equals_torchs_attention(heads: tuple[int, int], gated: bool) -> None:
     """On sequences that lie in one piece: torch's RMSNorm, rotary by complex numbers, torch's causal attention."""
-    case = make([70, 3], heads=heads, rotary_dim=16, gated=gated, dtype=torch.float32)
+    case = make([70, 3], heads=heads, rotary_dim=16, gated=gated, kv_dtype="float32")
     got = case.run(reference, case.empty_cache(), case.whole(), compute_dtype=torch.float64)
     expected = []
     for qkv in case.qkv:
@@ -137,7 +142,7 @@ def test_chunks_and_batches_of_the_twin_equal_whole_and_alone(chunk: int) -> Non
         for at in range(0, len(rows), chunk)
     ]
     assert (torch.cat(parts) - whole).abs().max() <= 1e-12
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(cache, whole_cache, strict=True))
+    assert all(map(same_bits, cache, whole_cache))
 
 
 @pytest.mark.parametrize(("name", "index"), [("positions", 69), ("slot_mapping", 3), ("page_tables", (0, 1))])
@@ -149,16 +154,32 @@ def test_the_twin_checks_every_index(name: str, index, value: int) -> None:
         reference.paged_attention(**broken)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@every_kv_dtype
 @pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 1000])
-def test_equals_the_twin_at_every_length(isa: str, length: int, dtype: torch.dtype) -> None:
-    assert_as_good_as_the_twin(make([length], dtype=dtype))
+def test_equals_the_twin_at_every_length(isa: str, length: int, kv_dtype: KvDtype) -> None:
+    assert_as_good_as_the_twin(make([length], kv_dtype=kv_dtype))
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128, 256])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (8, 1), (7, 1)], ids=str)
 def test_equals_the_twin_for_every_shape(isa: str, heads: tuple[int, int], head_dim: int) -> None:
     assert_as_good_as_the_twin(make([70, 3], heads=heads, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (6, 2), (5, 1), (8, 1), (7, 1)], ids=str)
+def test_q8_0_equals_the_twin_for_every_shape(isa: str, heads: tuple[int, int], head_dim: int) -> None:
+    """Both sides of the number of rows from which on a page is converted once for all of them: prompts and single tokens."""
+    case = make([70, 3, 65], heads=heads, head_dim=head_dim, kv_dtype="q8_0")
+    assert_as_good_as_the_twin(case)
+    cache = case.empty_cache()
+    case.run(native, cache, [(0, 69), (0, 2), (0, 64)])
+    twin_cache = (cache[0].clone(), cache[1].clone())
+    spans = [(69, 70), (2, 3), (64, 65)]
+    truth = case.run(reference, (cache[0].clone(), cache[1].clone()), spans, compute_dtype=torch.float64)
+    twin, got = case.run(reference, twin_cache, spans), case.run(native, cache, spans)
+    assert all(map(same_bits, cache, twin_cache))
+    assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(256, 64), (64, 16), (48, 12), (32, 8), (80, 40), (64, 62)])
@@ -182,24 +203,26 @@ def test_a_gate_multiplies_the_context_of_its_own_head(isa: str) -> None:
     assert got[:, 2].abs().max() < 1e-35
 
 
-def test_packed_sequences_of_unequal_length(isa: str) -> None:
-    assert_as_good_as_the_twin(make([1, 130, 64, 7, 65, 1]))
+@every_kv_dtype
+def test_packed_sequences_of_unequal_length(isa: str, kv_dtype: KvDtype) -> None:
+    assert_as_good_as_the_twin(make([1, 130, 64, 7, 65, 1], kv_dtype=kv_dtype))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 63, 64, 65])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
-def test_chunked_prefill_equals_whole_bit_for_bit(isa: str, chunk: int, dtype: torch.dtype) -> None:
-    case = make([200], heads=(6, 2), dtype=dtype)
+@every_kv_dtype
+def test_chunked_prefill_equals_whole_bit_for_bit(isa: str, chunk: int, kv_dtype: KvDtype) -> None:
+    case = make([200], heads=(6, 2), kv_dtype=kv_dtype)
     whole_cache, cache = case.empty_cache(), case.empty_cache()
     whole = case.run(native, whole_cache, [(0, 200)])
     parts = [case.run(native, cache, [(i, min(i + chunk, 200))]) for i in range(0, 200, chunk)]
     assert torch.equal(torch.cat(parts), whole)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(cache, whole_cache, strict=True))
+    assert all(map(same_bits, cache, whole_cache))
 
 
-def test_a_batch_equals_each_alone_bit_for_bit(isa: str) -> None:
+@pytest.mark.parametrize(("kv_dtype", "head_dim"), [("float16", 48), ("q8_0", 64)])
+def test_a_batch_equals_each_alone_bit_for_bit(isa: str, kv_dtype: KvDtype, head_dim: int) -> None:
     """Prefill, decode and a chunk in one batch."""
-    case = make([150, 90, 65, 1, 130], heads=(4, 1), head_dim=48)
+    case = make([150, 90, 65, 1, 130], heads=(4, 1), head_dim=head_dim, kv_dtype=kv_dtype)
     spans = [(0, 150), (89, 90), (64, 65), (0, 1), (70, 130)]
     cache = case.empty_cache()
     for i, (begin, _) in enumerate(spans):
@@ -224,28 +247,42 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
         _native.set_num_threads(before)
 
 
-def test_levels_agree_with_generic(isa: str) -> None:
-    case = make([100, 40], heads=(4, 2), head_dim=128)
+@every_kv_dtype
+def test_levels_agree_with_generic(isa: str, kv_dtype: KvDtype) -> None:
+    case = make([100, 40], heads=(4, 2), head_dim=128, kv_dtype=kv_dtype)
     got = case.run(native, case.empty_cache(), case.whole())
     _native.set_cpu_isa("generic")
     generic = case.run(native, case.empty_cache(), case.whole())
     assert (got - generic).abs().max() <= 1e-5
 
 
-def test_large_scores_do_not_overflow(isa: str) -> None:
+@every_kv_dtype
+def test_large_scores_do_not_overflow(isa: str, kv_dtype: KvDtype) -> None:
     """Norm weights of 60 give scores near +-40,000: the maximum must be taken away before the exponential."""
-    case = make([130])
+    case = make([130], kv_dtype=kv_dtype)
     case = replace(case, q_norm=case.q_norm * 60, k_norm=case.k_norm * 60)
     assert_as_good_as_the_twin(case)
 
 
-def test_nan_in_a_query_stays_in_its_row(isa: str) -> None:
-    """A broken activation must be seen by the runtime, and only in its own sequence."""
-    case = make([5, 5])
-    case.qkv[0][2, 0] = float("nan")
-    got = case.run(native, case.empty_cache(), case.whole())
-    assert got[2, :64].isnan().all()
-    assert not got[:2].isnan().any() and not got[5:].isnan().any()
+@every_kv_dtype
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", [0, 4, 6], ids=["query", "key", "value"])
+def test_what_is_not_finite_shows_in_its_own_sequence(isa: str, part: int, value: float, kv_dtype: KvDtype) -> None:
+    """A broken activation must be seen by the runtime, and only in its own sequence; a query's only in its own row."""
+    case = make([5, 5], kv_dtype=kv_dtype)
+    case.qkv[0][2, part * 64] = value
+    cache, twin_cache = case.empty_cache(), case.empty_cache()
+    got = case.run(native, cache, case.whole())
+    assert not got[2].isfinite().all()
+    assert not got[5:].isnan().any()
+    if part == 0:
+        assert got[2, :64].isnan().all() and not got[[0, 1, 3, 4]].isnan().any()
+    case.run(reference, twin_cache, case.whole())
+    if kv_dtype == "q8_0":  # one NaN: all that is written is equal, bit for bit
+        for ours, theirs in zip(cache, twin_cache, strict=True):
+            assert torch.equal(ours[..., : 64 * 64], theirs[..., : 64 * 64])
+            scales = [tensor[..., 64 * 64 :].view(torch.float16) for tensor in (ours, theirs)]
+            assert torch.equal(scales[0].nan_to_num(nan=-1), scales[1].nan_to_num(nan=-1))
 
 
 @needs_core
@@ -328,6 +365,8 @@ def test_a_position_beyond_the_rotary_table() -> None:
         ("k_norm", torch.zeros(63)),
         ("positions", torch.zeros(70, dtype=torch.int32)),
         ("v_cache", torch.zeros(5, 2, 64, 64)),
+        ("k_cache", torch.zeros(5, 2, 64, 64, dtype=torch.bfloat16)),
+        ("k_cache", torch.zeros(5, 2, 64 * 68 + 1, dtype=torch.int8)),
     ],
 )
 def test_tensors_of_a_wrong_kind_are_named(name: str, value: torch.Tensor) -> None:
