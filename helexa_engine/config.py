@@ -55,8 +55,9 @@ class EngineConfig:
         True, "keep weights quantised while loading on disk (HELEXA_CACHE), so that the next load maps them"
     )
     quant_cache_limit: str = knob("100GiB", "size of that cache; the least recently used models make room")
-    kv_dtype: Literal["auto", "float32", "float16"] = knob(
-        "auto", "storage type of keys and values; auto is float32 for float32 weights, else float16"
+    kv_dtype: Literal["auto", "float32", "float16", "q8_0"] = knob(
+        "auto",
+        "storage type of keys and values; auto is float32 for float32 weights, else float16; q8_0 takes about half of that",
     )
     max_model_len: int | None = knob(
         None, "longest prompt plus answer in tokens; default: what the model allows and memory holds", low=1

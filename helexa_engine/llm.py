@@ -63,7 +63,7 @@ class LLM:
         imatrix: str | None = None,
         quant_cache: bool = True,
         quant_cache_limit: str = "100GiB",
-        kv_dtype: Literal["auto", "float32", "float16"] = "auto",
+        kv_dtype: Literal["auto", "float32", "float16", "q8_0"] = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 512,

@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--num-threads", type=int, help="default: the physical cores")
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="as of helexa serve [0.9]")
     parser.add_argument("--mmap-experts", action="store_true", help="as of helexa serve")
+    parser.add_argument("--kv-dtype", default="auto", help="as of helexa serve [auto]")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="[512]")
     parser.add_argument("--decode-tokens", type=int, default=64, help="[64]")
     parser.add_argument("--decode-context", type=int, default=0, help="tokens in the context of a decode step [0]")
@@ -92,6 +93,7 @@ def measure_file(name: str, path: Path, case: Case, arguments: argparse.Namespac
             num_threads=arguments.num_threads,
             memory_fraction=arguments.memory_fraction,
             mmap_experts=arguments.mmap_experts,
+            kv_dtype=arguments.kv_dtype,
         ),
         name=name,
         prompt_tokens=case.prompt_tokens,
@@ -113,6 +115,8 @@ def _options(arguments: argparse.Namespace) -> list[str]:
     """The options of one turn of ``helexa bench``; ``--repetitions`` counts the turns."""
     names = ("prompt_tokens", "decode_tokens", "num_threads", "memory_fraction")
     given = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in names]
+    if arguments.kv_dtype != "auto":
+        given.append(("--kv-dtype", arguments.kv_dtype))
     if arguments.decode_context:
         given.append(("--decode-context", arguments.decode_context))
     options = [text for name, value in given if value is not None for text in (name, str(value))]

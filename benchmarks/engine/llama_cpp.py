@@ -14,6 +14,7 @@ def measure(program: Path, model: Path, ours: dict[str, Any]) -> dict[str, Any]:
     prefill = _run(program, model, ours, "-p", ours["prefill_tokens"], "-n", 0)
     decode = _run(program, model, ours, "-p", 0, "-n", ours["decode_tokens"], "-d", ours["decode_context"])
     decode_rate = statistics.median(decode["samples_ts"])
+    step_bytes = ours["decode_bytes_per_token"] + ours.get("decode_kv_bytes_per_token", 0)
     shared = (
         "benchmark", "model", "date", "machine", "threads", "repetitions", "read_bytes_per_second", "file_bytes",
         "prefill_tokens", "decode_tokens", "decode_context", "decode_bytes_per_token",
@@ -25,9 +26,7 @@ def measure(program: Path, model: Path, ours: dict[str, Any]) -> dict[str, Any]:
         "prefill_samples": [round(rate, 2) for rate in prefill["samples_ts"]],
         "decode_tokens_per_second": round(decode_rate, 2),
         "decode_samples": [round(rate, 2) for rate in decode["samples_ts"]],
-        "decode_share_of_bandwidth": round(
-            decode_rate * ours["decode_bytes_per_token"] / ours["read_bytes_per_second"], 3
-        ),
+        "decode_share_of_bandwidth": round(decode_rate * step_bytes / ours["read_bytes_per_second"], 3),
     }
 
 

@@ -299,9 +299,9 @@ class Pages<int8_t> {
   }
 
   void scores(int64_t page, int vectors, float* out) {
-    const int8_t* k = at(p_.k_cache, page);
-    Ahead ahead{reinterpret_cast<const char*>(at(p_.v_cache, page))};
-    read_scales(k, k_scales_);
+    const int8_t *k = at(p_.k_cache, page), *v = at(p_.v_cache, page);
+    Ahead ahead{reinterpret_cast<const char*>(v)};
+    read_scales(k, v, k_scales_);
     constexpr int kFew = 4;  // rows of a register block
     for (int r = 0; r < rows_; r += kFew) {
       switch (rows_ - r) {
@@ -324,8 +324,9 @@ class Pages<int8_t> {
                   float* context) {
     const int8_t* v = at(p_.v_cache, page);
     const int d = p_.head_dim, vectors = d / Vec::kWidth;
-    read_scales(v, v_scales_);
-    Ahead ahead{reinterpret_cast<const char*>(at(p_.k_cache, next_page))};
+    const int8_t* next_k = at(p_.k_cache, next_page);
+    read_scales(v, next_k, v_scales_);
+    Ahead ahead{reinterpret_cast<const char*>(next_k)};
     StoredMatrix<int8_t> stored{{v, d}, v_scales_, ahead};
     if (rows_ <= kRows) {
       multiply(weights, kPageSize, stored, num_keys, factor, context, d, rows_, vectors);
@@ -346,7 +347,10 @@ class Pages<int8_t> {
     return static_cast<const int8_t*>(cache) + (page * p_.num_kv_heads + kv_head_) * quantised_page_bytes(p_.head_dim);
   }
 
-  void read_scales(const int8_t* page, float* out) const {
+  // Fetches those of another page meanwhile.
+  void read_scales(const int8_t* page, const int8_t* other, float* out) const {
+    Ahead ahead{reinterpret_cast<const char*>(other + kPageSize * p_.head_dim)};
+    for (int b = 0; b < blocks_; ++b) ahead.step<kPageSize* int(sizeof(Half))>();
     const auto* scales = reinterpret_cast<const Half*>(page + kPageSize * p_.head_dim);
     for (int i = 0; i < kPageSize * blocks_; i += Vec::kWidth) Vec::load(scales + i).store(out + i);
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..errors import InvalidRequest
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 64  # tokens; also the block of the attention's online softmax and the border of prefill chunks
 
 KvDtype = Literal["float32", "float16", "q8_0"]
+KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cache.spec import PAGE_SIZE
 from ..config import EngineConfig, add_flags
 from ..errors import BackendUnavailable, InvalidRequest
 from ..sampling_params import SamplingParams
@@ -158,6 +159,10 @@ def measure(
         in_kernels = (_native.kernel_seconds() - kernels) / (repetitions * (decode_tokens + 1))  # of a step
         bandwidth.append(_native.read_bandwidth())
 
+        info, kv_tokens = llm.model_info, llm.stats().kv_pages_total * PAGE_SIZE
+
+    kv_bytes = round(info.kv_bytes / kv_tokens * (context + decode_tokens / 2))  # of the step in the middle
+    step_bytes = bytes_per_token + kv_bytes
     read = statistics.mean(bandwidth)
     prefill_rate = prompt_tokens / statistics.median(prefill)
     token_seconds = statistics.median(decode) / decode_tokens
@@ -185,10 +190,12 @@ def measure(
         "decode_tokens_per_second": round(1 / token_seconds, 2),
         "decode_samples": [round(decode_tokens / seconds, 2) for seconds in decode],
         "decode_bytes_per_token": bytes_per_token,
-        "decode_share_of_bandwidth": round(bytes_per_token / token_seconds / read, 3),
+        "kv_dtype": info.kv_dtype,
+        "decode_kv_bytes_per_token": kv_bytes,
+        "decode_share_of_bandwidth": round(step_bytes / token_seconds / read, 3),
         # Behind a long prompt the kernels' time is not the steps' alone.
         **({} if decode_context else {"decode_share_outside_kernels": outside}),
-        "decode_overhead_per_layer_microseconds": round((token_seconds - bytes_per_token / read) / num_layers * 1e6, 1),
+        "decode_overhead_per_layer_microseconds": round((token_seconds - step_bytes / read) / num_layers * 1e6, 1),
     }
 
 
@@ -253,12 +260,13 @@ def report(row: dict[str, Any]) -> str:
         before = row["resident_bytes_before_load"]
         lines.append(("resident", f"{row['resident_bytes'] / 1e6:.0f} MB, {before / 1e6:.0f} MB of it before loading"))
     outside = row.get("decode_share_outside_kernels")
+    limit = bandwidth / (row["decode_bytes_per_token"] + row.get("decode_kv_bytes_per_token", 0))
     lines += [
         (f"prefill {row['prefill_tokens']}", f"{row['prefill_tokens_per_second']:.1f} tokens/s"),
         (
             f"decode {row['decode_tokens']}" + (f"@{row['decode_context']}" if row["decode_context"] else ""),
             f"{row['decode_tokens_per_second']:.1f} tokens/s, {row['decode_share_of_bandwidth']:.0%} of the bandwidth's limit of "
-            f"{bandwidth / row['decode_bytes_per_token']:.1f}; overhead {row['decode_overhead_per_layer_microseconds']:.0f} us a layer"
+            f"{limit:.1f}; overhead {row['decode_overhead_per_layer_microseconds']:.0f} us a layer"
             + (f"; {outside:.1%} of a step outside the kernels" if outside is not None else ""),
         ),
     ]

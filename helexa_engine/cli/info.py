@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..cache.spec import KV_DTYPES, PAGE_SIZE, AttentionCacheSpec
 from ..errors import TemplateRenderFailed, UnsupportedCheckpoint
 from .options import model_path
 
@@ -63,6 +64,7 @@ def describe(model: str) -> dict[str, Any]:
             "attention_heads": heads,
             "kv_heads": number("num_key_value_heads", heads),
             "head_dim": number("head_dim", hidden // heads),
+            "kv_bytes_per_token": _kv_bytes(checkpoint, number),
             "context": number("max_position_embeddings"),
             "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
             "unused": {
@@ -72,6 +74,18 @@ def describe(model: str) -> dict[str, Any]:
             "sampling_defaults": {k: v for k, v in checkpoint.generation_config.items() if not k.endswith("token_id")},
             "template": _capabilities(checkpoint.chat_template),
         }
+
+
+def _kv_bytes(checkpoint: Checkpoint, number: Callable[..., Any]) -> dict[str, int]:
+    """What a token of context takes, by the types that keys and values may have."""
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", hidden // heads)
+    layers = number("num_hidden_layers") - _count_delta_nets(checkpoint)
+    return {
+        dtype: layers * AttentionCacheSpec(kv_heads, head_dim, dtype).page_bytes // PAGE_SIZE
+        for dtype in KV_DTYPES
+        if dtype != "q8_0" or head_dim % 32 == 0
+    }
 
 
 def _count_delta_nets(checkpoint: Checkpoint) -> int:
@@ -145,6 +159,11 @@ def report(facts: dict[str, Any]) -> str:
             f"{'tied' if facts['tied_embeddings'] else 'separate'} output head",
         ),
         ("context", f"{facts['context']} tokens"),
+        (
+            "KV cache",
+            ", ".join(f"{count / 1024:.1f} KiB in {dtype}" for dtype, count in facts["kv_bytes_per_token"].items())
+            + " a token",
+        ),
         ("template", "none: chat is not possible" if template is None else ", ".join(template) or "plain turns"),
     ]
     if facts["unused"]:

@@ -109,7 +109,7 @@ def load_engine(model: str | Path, config: EngineConfig, progress: Progress | No
     with open_checkpoint(path) as checkpoint:
         build = model_class(checkpoint.architecture, checkpoint.where)
         plan = plan_model(checkpoint, config, name=model_name(model, path))
-        log.info("%s: %s", path.name, plan.memory)
+        log.info("%s: %s; keys and values in %s", path.name, plan.memory, plan.kv_dtype)
         processor = request_processor(checkpoint)
         processor.tokenizer.check_fits(plan.config.vocab_size)
         net = build(plan.config, plan.memory.max_model_len)
@@ -140,6 +140,7 @@ def load_engine(model: str | Path, config: EngineConfig, progress: Progress | No
         max_model_len=plan.memory.max_model_len,
         weight_bytes=plan.memory.weight_bytes,
         kv_bytes=plan.memory.kv_bytes,
+        kv_dtype=plan.kv_dtype,
         state_bytes=plan.memory.state_bytes,
         snapshot_bytes=plan.memory.snapshot_bytes,
         capabilities=processor.capabilities(),

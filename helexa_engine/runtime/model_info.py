@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..cache.spec import KvDtype
+
 #: Called with (stage, share done from 0 to 1).
 Progress = Callable[[str, float], None]
 
@@ -20,6 +22,7 @@ class ModelInfo:
         architecture: HuggingFace's ``model_type``.
         vocab_size: width of the logits.
         max_model_len: longest prompt plus answer, in tokens, derived from what fits.
+        kv_dtype: storage type of keys and values.
         weight_bytes, kv_bytes, state_bytes, snapshot_bytes: memory taken by weights and reserved for KV pages, recurrent states
             and their snapshots in the prefix cache.
         capabilities: what may be asked of it, as its chat template was seen to do.
@@ -32,6 +35,7 @@ class ModelInfo:
     max_model_len: int
     weight_bytes: int
     kv_bytes: int
+    kv_dtype: KvDtype
     state_bytes: int
     snapshot_bytes: int = 0
     capabilities: dict[str, bool] = field(default_factory=dict)

@@ -36,6 +36,7 @@ class FakeModelInfo:
     max_model_len: int = 4096
     weight_bytes: int = 1000
     kv_bytes: int = 100
+    kv_dtype: str = "float16"
     state_bytes: int = 0
     snapshot_bytes: int = 0
     capabilities: dict[str, bool] = field(default_factory=lambda: {"chat": True, "tools": True})

@@ -38,6 +38,7 @@ def test_the_facts_are_those_of_the_file(tiny: Path, capsys: pytest.CaptureFixtu
         "head_dim": 64,
         "context": 40960,
     }
+    assert facts["kv_bytes_per_token"] == {"float32": 2048, "float16": 1024, "q8_0": 544}
     assert facts["tied_embeddings"] is True
     assert "system message" in facts["template"] and "thinking" not in facts["template"]
 
@@ -46,6 +47,7 @@ def test_the_report_is_for_people(tiny: Path, capsys: pytest.CaptureFixture[str]
     assert main(["info", str(tiny)]) == 0
     out = capsys.readouterr().out
     assert "2 layers, hidden 256" in out and "Q6_K" in out and "40960 tokens" in out and "tied output head" in out
+    assert "2.0 KiB in float32, 1.0 KiB in float16, 0.5 KiB in q8_0 a token" in out
 
 
 def test_a_hybrid_s_mixers_experts_and_unused_tensors_are_named(

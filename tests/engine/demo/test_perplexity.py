@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from helexa_engine import demo  # noqa: E402
+from helexa_engine import LLM, demo  # noqa: E402
 from helexa_engine.demo import evaluate, hybrid, perplexity  # noqa: E402
 from helexa_engine.quant.mixes import MIXES  # noqa: E402
 
@@ -54,3 +54,21 @@ def test_what_each_mix_may_lose() -> None:
     found = dict(perplexity.perplexities(model, texts, ("BF16", *bounds)))
     for name, bound in bounds.items():
         assert abs(found[name] / found["BF16"] - 1) <= bound, found
+
+
+def test_what_keys_and_values_in_q8_0_may_lose() -> None:
+    """Queries, keys and values each carry the error that weights have in Q8_0, and the bound is theirs."""
+    _, encoder = evaluate.load_gguf(demo.path())
+    texts = perplexity.held_out_tokens(encoder, 2)
+    found = {}
+    for kv_dtype in ("float32", "float16", "q8_0"):
+        with LLM("demo", kv_dtype=kv_dtype, max_num_seqs=1) as llm:  # type: ignore[arg-type]
+            scores = [
+                llm.logits(ids).double().log_softmax(-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+                for ids in texts
+            ]
+        found[kv_dtype] = math.exp(-float(torch.cat(scores).mean()))
+    print(found)
+    assert found["q8_0"] != found["float16"]
+    for kv_dtype, bound in {"float16": 0.0005, "q8_0": 0.002}.items():
+        assert abs(found[kv_dtype] / found["float32"] - 1) <= bound, found

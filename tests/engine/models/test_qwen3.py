@@ -87,11 +87,11 @@ def random_ids(count: int, seed: int) -> list[int]:
     return torch.randint(0, 160, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "q8_0"])
 @pytest.mark.parametrize("chunk", [1, 3, 63, 64, 65])
 def test_chunked_prefill_equals_whole(chunk: int, kv_dtype: KvDtype) -> None:
-    if kv_dtype == "float16" and not in_one_order():
-        pytest.skip("a difference of one rounding in float32 can move a cached float16 to its neighbour")
+    if kv_dtype != "float32" and not in_one_order():
+        pytest.skip("a difference of one rounding in float32 can move a cached number to its neighbour")
     _, ours, config = build()
     ids = random_ids(140, seed=3)
     whole = Session(ours, Pool(ours, kv_dtype)).feed(ids)
