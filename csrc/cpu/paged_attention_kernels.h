@@ -16,7 +16,12 @@ struct Ahead {
   }
 };
 
-// A matrix of a page, read in the form it is stored in: for few rows, where each of its elements is used that often.
+struct NoAhead {
+  template <int kBytes>
+  void step() {}
+};
+
+// A matrix of a page, converted each time it is read: for few rows, which read it once.
 template <class T>
 struct StoredMatrix {
   Matrix<T> matrix;
@@ -206,7 +211,7 @@ float softmax_step(float* scores, int valid, int vectors, float* maximum, float*
     e.store(scores + v * Vec::kWidth);
     total = total + e;
   }
-  const float factor = exp_of_negative(Vec::broadcast(*maximum - new_maximum)).first();
+  const float factor = new_maximum == *maximum ? 1.0f : exp_of_negative(Vec::broadcast(*maximum - new_maximum)).first();
   *sum = *sum * factor + reduce_add(total);
   *maximum = new_maximum;
   return factor;
@@ -226,7 +231,7 @@ class Pages {
   void scores(int64_t page, int vectors, float* out) {
     const T* k = at(p_.k_cache, page);
     Ahead ahead{reinterpret_cast<const char*>(at(p_.v_cache, page))};
-    if (each_is_used_once()) {
+    if (read_once()) {
       multiply_blocks(StoredMatrix<T>{{k, kPageSize}, ahead}, vectors, out);
     } else {
       convert(k, int64_t(kPageSize) * p_.head_dim, page_, ahead);
@@ -239,7 +244,7 @@ class Pages {
     const T* v = at(p_.v_cache, page);
     Ahead ahead{reinterpret_cast<const char*>(at(p_.k_cache, next_page))};
     const int d = p_.head_dim;
-    if (each_is_used_once()) {
+    if (read_once()) {
       multiply(weights, kPageSize, StoredMatrix<T>{{v, d}, ahead}, num_keys, factor, context, d, rows_,
                d / Vec::kWidth);
     } else {
@@ -252,17 +257,15 @@ class Pages {
   const T* at(const void* cache, int64_t page) const {
     return static_cast<const T*>(cache) + (page * p_.num_kv_heads + kv_head_) * kPageSize * p_.head_dim;
   }
-  // Then it is converted where it is used.
-  bool each_is_used_once() const { return rows_ <= kRows; }
+  bool read_once() const { return rows_ <= kRows; }
 
   template <class B>
-  void multiply_blocks(B&& keys, int vectors, float* out) {
+  void multiply_blocks(B keys, int vectors, float* out) {
     const int head_dim = p_.head_dim;
-    auto matrix = keys;
     for (int d = 0; d < head_dim; d += kDotBlock) {
-      multiply(queries_ + d, head_dim, matrix, head_dim - d < kDotBlock ? head_dim - d : kDotBlock, d ? ones_ : nullptr,
+      multiply(queries_ + d, head_dim, keys, head_dim - d < kDotBlock ? head_dim - d : kDotBlock, d ? ones_ : nullptr,
                out, kPageSize, rows_, vectors);
-      skip_rows(matrix);
+      skip_rows(keys);
     }
   }
   static void skip_rows(StoredMatrix<T>& m) { m.matrix.data += kDotBlock * kPageSize; }
@@ -302,22 +305,9 @@ class Pages<int8_t> {
     const int8_t *k = at(p_.k_cache, page), *v = at(p_.v_cache, page);
     Ahead ahead{reinterpret_cast<const char*>(v)};
     read_scales(k, v, k_scales_);
-    constexpr int kFew = 4;  // rows of a register block
-    for (int r = 0; r < rows_; r += kFew) {
-      switch (rows_ - r) {
-        case 1:
-          score_rows<1>(k, r, vectors, out, ahead);
-          break;
-        case 2:
-          score_rows<2>(k, r, vectors, out, ahead);
-          break;
-        case 3:
-          score_rows<3>(k, r, vectors, out, ahead);
-          break;
-        default:
-          score_rows<kFew>(k, r, vectors, out, ahead);
-      }
-    }
+    score_some<Ahead>(k, 0, vectors, out, ahead);
+    NoAhead nothing;  // the first rows have fetched all
+    for (int r = kFew; r < rows_; r += kFew) score_some<NoAhead>(k, r, vectors, out, nothing);
   }
 
   void add_values(int64_t page, int64_t next_page, const float* weights, const float* factor, int num_keys,
@@ -355,16 +345,35 @@ class Pages<int8_t> {
     for (int i = 0; i < kPageSize * blocks_; i += Vec::kWidth) Vec::load(scales + i).store(out + i);
   }
 
-  template <int kR>
-  void score_rows(const int8_t* k, int row, int vectors, float* out, Ahead& ahead) {
+  static constexpr int kFew = 4;  // rows of a register block
+
+  template <class A>
+  void score_some(const int8_t* k, int row, int vectors, float* out, A& ahead) {
+    switch (rows_ - row) {
+      case 1:
+        score_rows<1>(k, row, vectors, out, ahead);
+        break;
+      case 2:
+        score_rows<2>(k, row, vectors, out, ahead);
+        break;
+      case 3:
+        score_rows<3>(k, row, vectors, out, ahead);
+        break;
+      default:
+        score_rows<kFew>(k, row, vectors, out, ahead);
+    }
+  }
+
+  template <int kR, class A>
+  void score_rows(const int8_t* k, int row, int vectors, float* out, A& ahead) {
     constexpr int kC = Vec::kColumns;
     int c = 0;
     for (; c + kC <= vectors; c += kC) score_block<kR, kC>(k, row, c, out, ahead);
     for (; c < vectors; ++c) score_block<kR, 1>(k, row, c, out, ahead);
   }
 
-  template <int kR, int kC>
-  void score_block(const int8_t* k, int row, int first, float* out, Ahead& ahead) {
+  template <int kR, int kC, class A>
+  void score_block(const int8_t* k, int row, int first, float* out, A& ahead) {
     const int head_dim = p_.head_dim;
     Vec score[kR][kC];
     for (auto& line : score) {
@@ -377,7 +386,7 @@ class Pages<int8_t> {
       }
       for (int d = b * kScaleBlock; d < (b + 1) * kScaleBlock; d += 4) {
         Fours keys[kC];
-        ahead.step<kC * Vec::kWidth * 4>();
+        ahead.template step<kC * Vec::kWidth * 4>();
 #pragma GCC unroll 8
         for (int i = 0; i < kC; ++i) keys[i] = Fours::load(k + d * kPageSize + (first + i) * Vec::kWidth * 4);
 #pragma GCC unroll 8

@@ -51,6 +51,8 @@ def paged_attention(
     if kv_type is None:
         expected = ", ".join(map(str, _KV_TYPES))
         raise ValueError(f"paged_attention: k_cache: expected one of {expected}, got {k_cache.dtype}")
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
     if kv_type is types.Q8_0:
         k_shape = v_shape = (num_pages, num_kv_heads, types.Q8_0.row_bytes(PAGE_SIZE * head_dim))
     else:

@@ -11,11 +11,16 @@ PAGE_SIZE = 64  # tokens
 _BLOCK = types.Q8_0.block_size
 
 
+def _split(x: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """A view of ``x`` with several dimensions for its last."""
+    return x.view(*x.shape[:-1], *sizes)
+
+
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Q8_0 of float32 [..., D]: codes int8 [..., D] and scales float16 [..., D/32]. Of a block that is not finite the codes are
     0 and the scale is NaN, so that it shows."""
-    finite = x.unflatten(-1, (-1, _BLOCK)).isfinite().all(-1)
-    clean = torch.where(finite[..., None], x.unflatten(-1, (-1, _BLOCK)), 0.0).flatten(-2)
+    finite = _split(x, -1, _BLOCK).isfinite().all(-1)
+    clean = torch.where(finite[..., None], _split(x, -1, _BLOCK), 0.0).flatten(-2)
     blocks = quantize.quantize(clean.numpy(), types.Q8_0).view(dequantize.Q8_0_BLOCK)
     scales = torch.from_numpy(blocks["d"].astype(np.float16).reshape(finite.shape))
     codes = torch.from_numpy(blocks["qs"].astype(np.int8).reshape(x.shape))
@@ -25,9 +30,9 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantised_query(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What is left of queries [..., D] float32 that meet Q8_0 keys: codes as of Q8_0, scales that stay float32."""
     codes, _ = quantise(x)
-    blocks = x.unflatten(-1, (-1, _BLOCK))
+    blocks = _split(x, -1, _BLOCK)
     scales = blocks.abs().amax(-1, keepdim=True) / 127 + (0 * blocks).sum(-1, keepdim=True)  # not finite: NaN
-    return (codes.unflatten(-1, (-1, _BLOCK)).to(dtype) * scales.to(dtype)).flatten(-2)
+    return (_split(codes, -1, _BLOCK).to(dtype) * scales.to(dtype)).flatten(-2)
 
 
 class FloatPages:
@@ -55,17 +60,17 @@ class QuantisedPages:
 
     def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int) -> None:
         size = PAGE_SIZE * head_dim
-        self._k = k_cache[..., :size].unflatten(-1, (head_dim // 4, PAGE_SIZE, 4)).transpose(2, 3)
-        self._v = v_cache[..., :size].unflatten(-1, (PAGE_SIZE, head_dim))
+        self._k = _split(k_cache[..., :size], head_dim // 4, PAGE_SIZE, 4).transpose(2, 3)
+        self._v = _split(v_cache[..., :size], PAGE_SIZE, head_dim)
         self._k_scales, self._v_scales = (
-            cache[..., size:].view(torch.float16).unflatten(-1, (head_dim // _BLOCK, PAGE_SIZE)).transpose(2, 3)
+            _split(cache[..., size:].view(torch.float16), head_dim // _BLOCK, PAGE_SIZE).transpose(2, 3)
             for cache in (k_cache, v_cache)
         )
 
     def write(self, pages: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """As :meth:`FloatPages.write`, float32."""
         codes, self._k_scales[pages, :, offsets] = quantise(k)
-        self._k[pages, :, offsets] = codes.unflatten(-1, (-1, 4))
+        self._k[pages, :, offsets] = _split(codes, -1, 4)
         self._v[pages, :, offsets], self._v_scales[pages, :, offsets] = quantise(v)
 
     def read(self, pages: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
