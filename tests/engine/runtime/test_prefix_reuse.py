@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from helexa_engine.cache.prefix_cache import Node
 from helexa_engine.runtime.engine import Engine
 from helexa_engine.runtime.exchange import EngineRequest, StepOutput
 from helexa_engine.runtime.sampler import SamplingFailed
+from helexa_engine.runtime.scheduler import Chunk
 from helexa_engine.runtime.sequence import SequenceStatus
 from helexa_engine.sampling_params import SamplingParams
 from helexa_engine.testing.toy_model import ToyModel, toy_engine
@@ -315,7 +317,7 @@ def test_cached_pages_are_free_space_for_whoever_comes() -> None:
     assert len(got["b", 0]) == 10 and engine.stats().preemptions_total == 0
 
 
-def test_a_long_prompt_leaves_a_snapshot_every_interval() -> None:
+def test_snapshots_stand_every_interval_before_the_last_message_and_at_the_last_border() -> None:
     engine = make_engine(True, snapshot_interval=3 * PAGE, max_num_batched_tokens=64)
     engine.add_request(request("a", tokens(100), last=70, max_tokens=5))
     ends = []
@@ -325,6 +327,32 @@ def test_a_long_prompt_leaves_a_snapshot_every_interval() -> None:
     assert ends == [24, 48, 64, 72, 96, 100]
     prefixes = engine.scheduler.prefixes
     assert prefixes is not None and sorted(node.depth * PAGE for node in prefixes._with_snapshot) == ends[:-1]
+
+
+def test_resume_replays_less_than_the_interval_wherever_a_prompt_branches() -> None:
+    interval, trunk = 3 * PAGE, tokens(120)
+    for at in range(1, 120, 7):
+        engine = make_engine(True, num_snapshots=32, snapshot_interval=interval)
+        run(engine, request("trunk", trunk, max_tokens=1))
+        got = run(engine, request("branch", trunk[:at] + tokens(20, 1), max_tokens=1))
+        assert at - interval < cached_tokens(got, "branch") <= at
+
+
+@both_kinds
+def test_what_is_not_cached_is_what_was_computed(states: bool) -> None:
+    """``cached_tokens`` is exact: it and the tokens that went through the model are the prompt, each once."""
+    engine, computed = make_engine(states, num_snapshots=32), []
+    forward = engine.runner.forward
+
+    def counting(chunks: Sequence[Chunk]) -> torch.Tensor:
+        computed.append(sum(chunk.num_tokens for chunk in chunks))
+        return forward(chunks)
+
+    engine.runner.forward = counting  # type: ignore[method-assign]
+    for i, prompt in enumerate((tokens(100), tokens(100), tokens(75) + tokens(40, 1), tokens(30, 2), tokens(100)[:64])):
+        del computed[:]
+        got = run(engine, request(str(i), prompt, last=70, max_tokens=1))
+        assert sum(computed) + cached_tokens(got, str(i)) == len(prompt)
 
 
 Arrival = tuple[int, int, int, int, int, int, int | None, int, str | None]
