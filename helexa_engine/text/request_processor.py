@@ -4,6 +4,7 @@ token ids into events. Offline and served generation go through these two and no
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ from .output_parser import (
     Reasoning,
 )
 from .stop_checker import StopChecker
-from .structured import Constraint, Rules, call_rules, format_rules
+from .structured import Constraint, FreeCalls, Rules, call_rules, format_rules
 from .thinking import Thinking
 from .tokenizer import Tokenizer
 from .tool_calls import OPEN_CALL
@@ -247,10 +248,15 @@ class RequestProcessor:
         tools: Sequence[Mapping[str, Any]] | None,
         thinking: Thinking,
     ) -> Constraint | None:
-        rules = self._rules(request, params, tools)
-        if rules is None and (thinking == "no" or self.tokenizer.token_id(CLOSE_THINK) is None):
+        rules, calls = self._rules(request, params, tools), None
+        if rules is None and tools and self.tokenizer.token_id(OPEN_CALL) is not None:
+            calls = FreeCalls(json.dumps(tools), self._tool_syntax())
+        if rules is None and calls is None and (thinking == "no" or self.tokenizer.token_id(CLOSE_THINK) is None):
             return None
-        return Constraint(rules, thinking, params.thinking_budget)
+        return Constraint(rules, thinking, params.thinking_budget, calls)
+
+    def _tool_syntax(self) -> str:
+        return self._template().capabilities.tool_syntax or "json"
 
     def _rules(
         self, request: GenerateRequest, params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None
@@ -270,8 +276,7 @@ class RequestProcessor:
         if isinstance(choice, Mapping):
             named = choice.get("name") or choice["function"]["name"]
             tools, several = [tool for tool in tools if tool["function"]["name"] == named], False
-        syntax = self._template().capabilities.tool_syntax or "json"
-        return call_rules(self.tokenizer, tools, syntax=syntax, several=several, answer=answer)
+        return call_rules(self.tokenizer, tools, syntax=self._tool_syntax(), several=several, answer=answer)
 
     def token_logprob(
         self, token_id: int, logprob: float | None, top: Sequence[tuple[int, float]] = ()

@@ -8,6 +8,7 @@ the tokens are sampled it is compiled: the grammars run in ``llguidance``, :clas
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,10 @@ from ..sampling_params import StructuredOutput
 from .output_parser import CLOSE_THINK, OPEN_THINK
 from .thinking import Thinking, ThinkingControl
 from .tokenizer import Tokenizer
-from .tool_calls import CLOSE_CALL, CLOSE_FUNCTION, CLOSE_PARAMETER, OPEN_CALL
+from .tool_calls import CLOSE_CALL, CLOSE_FUNCTION, CLOSE_PARAMETER, OPEN_CALL, OPEN_PARAMETER
 from .tool_schema import resolved, types_of
+
+log = logging.getLogger(__name__)
 
 _CACHED_GRAMMARS = 64
 _LARGE_VOCABULARY = 32_768  # below, a mask costs less than handing its computation to another thread
@@ -60,12 +63,21 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
+class FreeCalls:
+    """The tools that an answer may call of its own accord, as JSON text, and the template's ``syntax`` of calls."""
+
+    tools: str
+    syntax: str
+
+
+@dataclass(frozen=True, slots=True)
 class Constraint:
-    """All that holds an answer: ``rules`` after its thinking, if any, and the end of its thinking."""
+    """All that holds an answer: ``rules`` after its thinking, if any, or else the calls in it; and the end of its thinking."""
 
     rules: Rules | None
     thinking: Thinking = "no"
     thinking_budget: int | None = None
+    calls: FreeCalls | None = None
 
 
 class GrammarState:
@@ -162,6 +174,49 @@ class GrammarState:
             raise GrammarFailed(f"the structured output cannot go on: {_first_line(self._matcher.get_error())}")
 
 
+class CallGuard:
+    """Holds the calls that an answer makes of its own accord to the schemas of the tools.
+
+    Until the model opens a call, by the token ``<tool_call>`` outside its thinking, nothing is held and nothing computed but the
+    comparison of that token; from there to the end tag only a call of one of the tools can follow; then the answer is free again.
+    """
+
+    def __init__(self, grammar: Future[GrammarState], compiler: GrammarCompiler, thinking: Thinking) -> None:
+        """``grammar`` is of one call with its tags."""
+        self._grammar = grammar
+        self._compiler = compiler
+        self._thinking: Thinking = thinking
+        self._call: GrammarState | None = None
+
+    def copy(self) -> CallGuard:
+        """The same for another answer. Only of one that has not advanced yet."""
+        return CallGuard(self._grammar, self._compiler, self._thinking)
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        """Inside a call: as :meth:`GrammarState.apply`. Elsewhere nothing."""
+        if self._call is not None:
+            self._call.apply(logits)
+
+    def accept(self, token_id: int) -> None:
+        """Advances by the sampled token."""
+        if self._call is not None:
+            self._call.accept(token_id)
+            if self._call.is_finished():
+                self._call = None
+        elif self._thinking == "open":
+            if token_id == self._compiler.close_think:
+                self._thinking = "no"
+        elif self._thinking == "may_open":
+            self._thinking = "open" if token_id == self._compiler.open_think else "no"
+        if self._call is None and self._thinking == "no" and token_id == self._compiler.open_call:
+            self._call = self._grammar.result().copy()
+            self._call.accept(token_id)
+
+    def is_finished(self) -> bool:
+        """Never: what follows a call is free."""
+        return False
+
+
 class GrammarCompiler:
     """Compiles constraints for one tokenizer. The token trie is built at the first use, or by :meth:`warm`."""
 
@@ -172,6 +227,7 @@ class GrammarCompiler:
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids)
         self.open_think = tokenizer.token_id(OPEN_THINK)
         self.close_think = tokenizer.token_id(CLOSE_THINK)
+        self.open_call = tokenizer.token_id(OPEN_CALL)
         self._matcher = lru_cache(maxsize=_CACHED_GRAMMARS)(self._build)
 
     def warm(self) -> None:
@@ -190,8 +246,13 @@ class GrammarCompiler:
         ids = self._tokenizer.encode("\n\n")
         return ids[0] if len(ids) == 1 else None
 
+    @cached_property
+    def _compile_thread(self) -> ThreadPoolExecutor:
+        """Compiles what may never be needed."""
+        return ThreadPoolExecutor(1, "helexa-grammar-compile")
+
     def thinking_control(
-        self, thinking: Thinking, budget: int | None, constraint: GrammarState | None
+        self, thinking: Thinking, budget: int | None, constraint: GrammarState | CallGuard | None
     ) -> ThinkingControl | None:
         """Ends the thinking of one answer and then leaves it to ``constraint``; None where there is no thinking."""
         if thinking == "no" or self.close_think is None:
@@ -220,11 +281,53 @@ class GrammarCompiler:
             raise InvalidRequest(rules.path, f"not supported as a constraint: {error}")
         return GrammarState(matcher.deep_copy(), self, thinking)
 
-    def maker(self, constraint: Constraint) -> Callable[[], GrammarState | ThinkingControl]:
-        """Compiles ``constraint``; the result gives each answer a state of its own. Raises as :meth:`compile`."""
-        first = None if constraint.rules is None else self.compile(constraint.rules, constraint.thinking)
+    def guard(self, calls: FreeCalls, thinking: Thinking = "no") -> CallGuard:
+        """What holds calls that the model is free to make. ``<tool_call>`` must be a token.
 
-        def make() -> GrammarState | ThinkingControl:
+        Compiled beside, since most answers call nothing. A tool whose schema is beyond the compiler may be called with any
+        arguments, which the log says; unless it is ``strict``: then every keyword must be one that can be enforced.
+
+        Raises:
+            InvalidRequest: the schema of a strict tool cannot be enforced.
+        """
+        tools: list[dict[str, Any]] = json.loads(calls.tools)
+        for i, tool in enumerate(tools):
+            function = tool.get("function", tool)
+            if function.get("strict") is True:
+                schema = json.dumps(closed(function.get("parameters") or {"type": "object"}))
+                self.compile(Rules("json_schema", schema, f"tools[{i}].function.parameters"))
+        return CallGuard(self._compile_thread.submit(self._compile_one_call, tools, calls.syntax), self, thinking)
+
+    def _compile_one_call(self, tools: Sequence[Mapping[str, Any]], syntax: str) -> GrammarState:
+        """One call of one of ``tools``; of those that cannot be compiled, with any arguments."""
+
+        def one_call(among: Sequence[Mapping[str, Any]]) -> GrammarState:
+            return self.compile(call_rules(self._tokenizer, among, syntax=syntax, several=False))
+
+        try:
+            return one_call(tools)
+        except InvalidRequest:
+            pass
+        held: list[Mapping[str, Any]] = []
+        for tool in tools:
+            try:
+                one_call([tool])
+                held.append(tool)
+            except InvalidRequest as error:
+                function = tool.get("function", tool)
+                log.warning("calls of %.80r are not held to its schema: %s", function["name"], error.reason)
+                held.append({"function": {"name": function["name"], "parameters": {"type": "object"}}})
+        return one_call(held)
+
+    def maker(self, constraint: Constraint) -> Callable[[], GrammarState | CallGuard | ThinkingControl]:
+        """Compiles ``constraint``; the result gives each answer a state of its own. Raises as :meth:`compile`."""
+        first: GrammarState | CallGuard | None = None
+        if constraint.rules is not None:
+            first = self.compile(constraint.rules, constraint.thinking)
+        elif constraint.calls is not None:
+            first = self.guard(constraint.calls, constraint.thinking)
+
+        def make() -> GrammarState | CallGuard | ThinkingControl:
             held = None if first is None else first.copy()
             made = self.thinking_control(constraint.thinking, constraint.thinking_budget, held) or held
             assert made is not None, "a constraint that constrains nothing"
@@ -404,9 +507,10 @@ def _json_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
 
 
 def _xml_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
-    """Rules ``call`` and below: parameters in the order of the schema. Values that can be strings stand bare and are free text (or
-    one of the words the schema lists); all others are JSON."""
+    """Rules ``call`` and below: parameters in the order of the schema, or any where it lists none. Values that can be strings stand
+    bare and are free text (or one of the words the schema lists); all others are JSON."""
     rules = []
+    free = False
     for i, tool in enumerate(tools):
         function = tool.get("function", tool)
         parameters, definitions = _hoisted(closed(function.get("parameters") or {}), "")
@@ -427,8 +531,14 @@ def _xml_calls(tools: Sequence[Mapping[str, Any]], special: set[str]) -> str:
                 value = dict(schema) | {"$defs": definitions, "x-guidance": _LENIENT}
                 rules.append(f"{rule}: %json {json.dumps(value)} {tail}")
             parts.append(f"({head} {rule})" + ("" if key in required else "?"))
+        if "properties" not in parameters and parameters.get("additionalProperties") is not False:
+            free = True
+            parts.append("any_parameter*")
         parts.append(json.dumps(CLOSE_FUNCTION))
         rules.append(f"function_{i}: " + " ".join(parts))
+    if free:
+        rules.append(rf'any_parameter: "{OPEN_PARAMETER}" /[^<>\s]+/ ">\n" any_value')
+        rules.append(rf'any_value[suffix="\n{CLOSE_PARAMETER}\n"]: /(?s:.*)/')
     begin, end = _tag(OPEN_CALL, special), _tag(CLOSE_CALL, special)
     choice = " | ".join(f"function_{i}" for i in range(len(tools)))
     return f'call: {begin} "\\n" ({choice}) "\\n" {end}\n' + "\n".join(rules) + "\n"

@@ -252,6 +252,22 @@ class Tokenizer:
 
     # -- text to ids ---------------------------------------------------------------------------------------------------
 
+    def to_json(self) -> str:
+        """``tokenizer.json`` as the tokenizers library reads it, for programs that count tokens themselves.
+
+        Raises:
+            UnsupportedCheckpoint: added tokens that do not stand behind all others, which that library's interface cannot place.
+        """
+        from tokenizers import AddedToken as Added
+
+        whole = self._backend.from_str(self._backend.to_str())
+        for token_id, token in sorted(self.added_tokens.items()):
+            kind = {"special": token.special, "lstrip": token.lstrip, "rstrip": token.rstrip}
+            whole.add_tokens([Added(token.content, normalized=False, single_word=token.single_word, **kind)])
+            if whole.token_to_id(token.content) != token_id:
+                raise UnsupportedCheckpoint(f"the added token {token.content!r} stands amid the others", self._where)
+        return str(whole.to_str())
+
     def encode(self, text: str, *, allow_special: bool = False, marks: TextMarks | None = None) -> list[int]:
         """Token ids of ``text``.
 

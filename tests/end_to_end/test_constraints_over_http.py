@@ -112,6 +112,31 @@ def test_required_calls_may_be_several_unless_the_client_says_no(client: openai.
                 assert (call.function.name, json.loads(call.function.arguments)) == ("clock", {})
 
 
+def test_a_call_of_the_models_own_accord_is_held_to_the_schema(client: openai.OpenAI) -> None:
+    """What it would write stands in the free call; the schema leaves it another city, and leaves words as they are."""
+
+    def weather(city: dict[str, Any]) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": {"city": city}, "required": ["city"]}
+        function = {"name": "get_weather", "description": "Get the weather of a city.", "parameters": parameters}
+        return {"type": "function", "function": function}
+
+    def called(city: dict[str, Any], **options: Any) -> dict[str, Any]:
+        asked = [{"role": "user", "content": "How is the weather in Oslo?"}]
+        message = (
+            ask(client, messages=asked, tools=[weather(city)], reasoning_effort="none", **options).choices[0].message
+        )
+        [call] = message.tool_calls
+        assert call.function.name == "get_weather"
+        arguments: dict[str, Any] = json.loads(call.function.arguments)
+        return arguments
+
+    assert called({"type": "string"}) == {"city": "Oslo"}
+    assert called({"enum": ["Atlantis"]}) == {"city": "Atlantis"}
+    assert called({"type": "integer", "minimum": 5, "maximum": 5}, temperature=1.2, seed=2) == {"city": 5}
+    message = ask(client, tools=[weather({"enum": ["Atlantis"]})], reasoning_effort="none").choices[0].message
+    assert message.content and not message.tool_calls
+
+
 def test_a_format_beside_tools_gives_json_or_a_call(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     for seed in range(3):

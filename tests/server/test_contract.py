@@ -162,6 +162,11 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         (DEMO, "test_json_on_request"),
         (DEMO, "test_a_forced_call_and_its_result_through_each_wire"),
     ],
+    "Calls that the model makes of its own accord are held to the schema once they are opened": [
+        (STRUCTURED, "test_a_call_once_opened_is_held_to_the_schema_and_the_text_around_it_is_free"),
+        (STRUCTURED, "test_a_schema_beyond_the_compiler_leaves_its_tool_free_and_only_that"),
+        (CONSTRAINTS, "test_a_call_of_the_models_own_accord_is_held_to_the_schema"),
+    ],
     "The grammar begins after </think>": [(STRUCTURED, "test_grammar_begins_after_thinking")],
     "Images on a text model are 400 vision_unsupported": [
         (WIRE_CHAT, "test_an_image_is_refused_by_its_own_code"),

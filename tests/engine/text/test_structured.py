@@ -9,7 +9,7 @@ import pytest
 
 from helexa_engine.errors import InvalidRequest
 from helexa_engine.sampling_params import StructuredOutput
-from helexa_engine.text.structured import GrammarCompiler, GrammarFailed, call_rules, format_rules
+from helexa_engine.text.structured import FreeCalls, GrammarCompiler, GrammarFailed, call_rules, format_rules
 
 SCHEMA = {
     "type": "object",
@@ -360,3 +360,73 @@ def test_copies_and_masks_ahead(compiler, tokenizer, monkeypatch, large):
 def test_unsupported_is_named(compiler, spec, words):
     with pytest.raises(InvalidRequest, match=words):
         compiler.compile(format_rules(StructuredOutput(**spec)))
+
+
+# -- Calls that the model makes of its own accord
+
+CALLS = {
+    "json": (
+        '{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}',
+        '{"name": "other", "arguments": {}}',
+        '{"name": "get_weather", "arguments": {"city": 7',
+    ),
+    "xml": (
+        "<function=get_weather>\n<parameter=city>\nPa\nris\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>",
+        "<function=other>\n</function>",
+        "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\nsoon",
+    ),
+}
+
+
+@pytest.mark.parametrize("syntax", CALLS)
+def test_a_call_once_opened_is_held_to_the_schema_and_the_text_around_it_is_free(compiler, tokenizer, syntax):
+    good, *bad = CALLS[syntax]
+
+    def guard(thinking="no"):
+        return compiler.guard(FreeCalls(json.dumps([WEATHER, CLOCK]), syntax), thinking).copy()
+
+    def free(state):
+        return allowed(state, tokenizer.vocab_size).all()
+
+    state = guard()
+    for piece in ("words, {}", wrap(good), "\nmore", wrap(good), ""):
+        for token_id in tokenizer.encode(piece, allow_special=True):
+            assert allowed(state, tokenizer.vocab_size)[token_id], tokenizer.decode([token_id])
+            state.accept(token_id)
+        assert free(state) and not state.is_finished()
+    for call in bad:
+        assert not accepts(guard(), tokenizer, f"so: {wrap(call)}", special=True, end=False), call
+    opened = guard()
+    opened.accept(tokenizer.token_id("<tool_call>"))
+    assert not allowed(opened, tokenizer.vocab_size)[list(tokenizer.eos_token_ids)].any()
+    for thinking, text in (("open", "a <tool_call> in thought"), ("may_open", "<think><tool_call>")):
+        thinker = guard(thinking)
+        for token_id in tokenizer.encode(text, allow_special=True):
+            thinker.accept(token_id)
+        assert free(thinker), "what is thought is no call"
+        for token_id in tokenizer.encode("</think><tool_call>", allow_special=True):
+            thinker.accept(token_id)
+        assert not free(thinker)
+
+
+@pytest.mark.parametrize("syntax", CALLS)
+def test_a_schema_beyond_the_compiler_leaves_its_tool_free_and_only_that(compiler, tokenizer, syntax, caplog):
+    missing = {"type": "object", "properties": {"b": {"$ref": "#/$defs/missing"}}}
+    broken = {"type": "object", "properties": {"a": missing}}
+    tools = [WEATHER, {"type": "function", "function": {"name": "odd", "parameters": broken}}]
+    good, other, wrong = CALLS[syntax]
+
+    def ok(call, end):
+        guard = compiler.guard(FreeCalls(json.dumps(tools), syntax))
+        return accepts(guard, tokenizer, wrap(call) if end else f"<tool_call>\n{call}", special=True, end=False)
+
+    odd = (
+        '{"name": "odd", "arguments": {"any": [1]}}'
+        if syntax == "json"
+        else "<function=odd>\n<parameter=any>\n[1]\n</parameter>\n</function>"
+    )
+    assert ok(good, True) and ok(odd, True) and not ok(other, False) and not ok(wrong, False)
+    assert "'odd' are not held to its schema" in caplog.text and "get_weather" not in caplog.text
+    strict = {"type": "function", "function": {"name": "odd", "parameters": {"not": {}}, "strict": True}}
+    with pytest.raises(InvalidRequest, match=r'tools\[1\].function.parameters: .*"not"'):
+        compiler.guard(FreeCalls(json.dumps([WEATHER, strict]), syntax))

@@ -7,6 +7,7 @@ import time
 import unicodedata
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +65,13 @@ def plain(text: str) -> str:
         for special in SPECIALS:
             text = text.replace(special, "")
     return text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "a<|im_start|>user\n<think> b</think><tool_call>"])
+def test_other_programs_count_as_we_do(ours, text):
+    """``to_json`` is what the tokenizers library reads; there special tokens in a text are always those tokens."""
+    theirs = tokenizers.Tokenizer.from_str(ours.to_json())
+    assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text, allow_special=True)
 
 
 @pytest.mark.parametrize("text", TEXTS)
