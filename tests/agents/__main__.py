@@ -227,26 +227,38 @@ AGENTS = (
 )
 
 
+#: What an agent is run against, and the test that does it.
+BACKENDS = {"scripted": "test_one_tool_round_trip", "demo": "test_one_tool_round_trip_on_the_demo"}
+
+
 def agents() -> list[Row]:
-    """Each agent's tool round trip; a row an agent."""
+    """Each agent's tool round trips; a row an agent and backend."""
     missing = {agent: install.npm_packages(agent.package) for agent in AGENTS}
     binaries = str(install.FOLDER / "node_modules" / ".bin")
     cases = tested([ROUND_TRIP], {**python_environment(None), "HELEXA_AGENTS": binaries})
-    by_name = {case.get("name", "").partition("[")[2].rstrip("]"): case for case in cases}
+    by_name = {case.get("name", ""): case for case in cases}
     rows = []
     for agent, why in missing.items():
-        case = by_name.get(agent.program)
-        if why is not None:
-            rows.append(not_run(agent.name, "scripted", agent.features, why))
-        elif case is None or case.find("skipped") is not None:
-            rows.append(
-                not_run(agent.name, "scripted", agent.features, "it has no test, or its program does not start")
-            )
-        else:
-            outcome = "FAIL: test_one_tool_round_trip" if is_wrong(case) else PASS
-            outcomes = dict.fromkeys(agent.features if outcome == PASS else agent.features[-1:], outcome)
-            rows.append(Row(agent.name, install.npm_version(agent.package), "scripted", outcomes))
+        for backend, test in BACKENDS.items():
+            case = by_name.get(f"{test}[{agent.program}]")
+            if why is not None:
+                rows.append(not_run(agent.name, backend, agent.features, why))
+            elif case is None or case.find("skipped") is not None:
+                rows.append(
+                    not_run(agent.name, backend, agent.features, "it has no test, or its program does not start")
+                )
+            else:
+                outcome = f"FAIL: {test}" if is_wrong(case) else PASS
+                outcomes = dict.fromkeys(agent.features if outcome == PASS else agent.features[-1:], outcome)
+                rows.append(Row(agent.name, install.npm_version(agent.package), backend, outcomes, note_of(case)))
     return rows
+
+
+def note_of(case: ElementTree.Element) -> str:
+    """What a test recorded besides its outcome."""
+    recorded = {entry.get("name"): entry.get("value") for entry in case.iter("property")}
+    tokens = recorded.get("prompt_tokens")
+    return "" if tokens is None else f"its first prompt, by the demo's tokenizer, has {int(tokens):,} tokens."
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 QUESTION: Any = [{"role": "user", "content": "What is helexa?"}]
+ANN: Any = [{"role": "user", "content": "Ann is 34 years old. Give me this as JSON with the keys name and age."}]
 WEATHER: Any = [{"role": "user", "content": "How is the weather in Oslo?"}]
 TOOL: Any = {
     "name": "get_weather",
@@ -118,9 +119,11 @@ def instructor_features(url: str) -> Features:
     }
 
     def parse() -> None:
-        # Not Mode.JSON: it asks for any object and tells the model the schema in words, which the demo never learnt to follow.
         patched = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA)
         assert isinstance(patched.create(**ask, temperature=0), Person)
+        # This mode asks for any object and tells the model the schema in words; the demo reads the keys in the question.
+        patched = instructor.from_openai(client, mode=instructor.Mode.JSON)
+        assert patched.create(**{**ask, "messages": ANN}, temperature=0) == Person(name="Ann", age=34)
 
     def tools() -> None:
         patched = instructor.from_openai(client, mode=instructor.Mode.TOOLS)

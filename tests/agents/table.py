@@ -26,15 +26,18 @@ class Row:
     Attributes:
         outcomes: feature to ``pass``, ``pass (n tests)``, ``FAIL: why`` or ``not run: why``; a feature that the client has no word
             for is absent.
+        note: what else the run found, a sentence.
     """
 
     client: str
     version: str
     backend: str
     outcomes: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def passed(self) -> bool:
+        """Whether everything that was asked of the client came out well, and something was."""
         return bool(self.outcomes) and all(outcome.startswith(PASS) for outcome in self.outcomes.values())
 
 
@@ -48,13 +51,13 @@ HEAD = """\
 
 Written by `scripts/test_agents`, which installs each client in the version named here and runs it against helexa {version}; do not
 edit. *demo* is the model that ships with helexa, in `helexa serve demo`. *scripted* is the same server over an engine that answers
-from a script: in the tests of the wire formats, where each event is asked for by name, and below the agents, whose lists of tools
-are longer than the demo's context of 2048 tokens. An agent, started by `helexa launch`, passes when the call that the script makes
-has it read a file by a tool of its own, the result comes back to the server with what stood in the file, and the agent prints the
-answer to it. instructor's `Mode.JSON` is left out: it tells the model the schema in words alone, and the demo never learnt to follow
-one; the modes that hand the schema to the server are here. \
-In brackets: how many tests of helexa's own asked it of that client. An empty cell: the client has no such feature, or
-nothing here asks for it.
+from a script, in the tests of the wire formats, where each event is asked for by name. In brackets: how many tests of helexa's own
+asked it of that client. An empty cell: the client has no such feature, or nothing here asks for it.
+
+An agent, started by `helexa launch` as it is installed, passes a tool round trip when it reads a file by a tool of its own and what
+stood in the file comes back to the server. Over the script it must also print the answer that the script makes of it. On the demo the
+grammar forces the call and its arguments, and the model's answer to the result is its own, and noise: the agents' prompts are longer
+than the 2048 tokens that the demo was trained on, so it runs from a copy of its file that declares a context of 131072.
 """
 
 
@@ -76,4 +79,6 @@ def render(rows: Sequence[Row], version: str) -> str:
         lines.append("| " + " | ".join((row.client, row.version, row.backend, *cells)) + " |")
     if notes:
         lines += ["", "What did not pass:", "", *notes]
+    if found := [f"- {row.client}: {row.note}" for row in rows if row.note]:
+        lines += ["", *found]
     return "\n".join(lines) + "\n"
