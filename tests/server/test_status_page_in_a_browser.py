@@ -1,11 +1,12 @@
 """The page at ``/`` as people use it, in headless Chromium: figures that move, a conversation, a key.
 
 Needs Playwright's Python package (the extra ``browser``) and a Chromium: its own (``playwright install chromium``), one on PATH, or
-the one that the environment variable ``CHROMIUM`` names.
+the one that the environment variable ``CHROMIUM`` names. With that variable set, as ``.ci/run`` sets it, what is missing is a failure.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,11 +21,27 @@ from helexa_engine.testing.fake_engine import FakeEngine
 from .answer_scripts import PROMPT, finished, words
 from .live import Serve, wait_until
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+#: The browser to use, where the tests must run.
+REQUIRED = os.environ.get("CHROMIUM")
+
+sync_api: Any
+if REQUIRED is None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+else:
+    sync_api = importlib.import_module("playwright.sync_api")
 
 #: A Chromium that is on this machine already; None leaves it to Playwright.
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+CHROMIUM = REQUIRED or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+#: It is alone with the page: no profile, nothing fetched in the background, and it may run as root, as continuous integration does.
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 )
 
 
@@ -33,7 +50,7 @@ def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         if CHROMIUM is None and not os.path.exists(playwright.chromium.executable_path):
             pytest.skip("needs a Chromium")
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield started
         started.close()
 
