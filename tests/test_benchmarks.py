@@ -12,6 +12,7 @@ import pytest
 from benchmarks.engine import base, llama_cpp, prefix
 from benchmarks.engine.cases import GROUPS, Case, is_recorded, rows_of
 from benchmarks.engine.summary import newest_pairs, summary
+from benchmarks.load.agreement import disagreements
 from helexa_engine import LLM
 from helexa_engine.cli.bench import preset_file
 from helexa_engine.ops.registry import native_core
@@ -112,3 +113,34 @@ def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path) -> None:
 )
 def test_every_benchmark_imports(name: str) -> None:
     assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+def load_record(**changes: int) -> dict[str, Any]:
+    """A request as the load generator writes it: a text of 20 tokens, in a template of 12."""
+    figures = {"usage_prompt_tokens": 32, "usage_completion_tokens": 8, "input_sequence_length": 20} | changes
+    return {"metrics": {name: {"value": value} for name, value in figures.items()}}
+
+
+@pytest.mark.parametrize(
+    ("records", "counted", "words"),
+    [
+        ([load_record(), load_record()], {}, None),
+        ([load_record()], {}, "requests: 1 by the tool, 2 by helexa"),
+        ([load_record(), load_record()], {"vllm:prompt_tokens_total": 65}, "prompt tokens: 64 by the tool, 65 by"),
+        ([load_record(), load_record()], {"vllm:generation_tokens_total": 15}, "completion tokens: 16 by the tool, 15"),
+        ([load_record(), load_record()], {"vllm:request_success_total:length": 1}, "answers: 2 by the tool, 1 by"),
+        ([load_record(), load_record(usage_completion_tokens=9)], {}, "tokens of its answer: 8 by the tool, 9 by"),
+        ([load_record(input_sequence_length=21), load_record()], {}, "tokens of its prompt: 33 by the tool, 32 by"),
+        ([load_record(), {"error": {"code": 500}, "metrics": {}}], {}, "a request failed"),
+    ],
+)
+def test_a_load_generator_agrees_in_every_count_or_the_run_fails(
+    records: list[dict[str, Any]], counted: dict[str, int], words: str | None
+) -> None:
+    server = {
+        "vllm:prompt_tokens_total": 64,
+        "vllm:generation_tokens_total": 16,
+        "vllm:request_success_total:length": 2,
+    }
+    problems = disagreements(records, server | counted, requests=2, output_tokens=8, overhead=12)
+    assert any(words in problem for problem in problems) if words else not problems

@@ -1,0 +1,1 @@
+"""A load generator that people use, against ``helexa serve demo``: ``scripts/bench load``."""
