@@ -42,6 +42,7 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
+        """Of prompt and answer."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -209,34 +210,42 @@ class GenerationResult:
 
     @property
     def text(self) -> str:
+        """Of the first answer, as the other properties below."""
         return self.completions[0].text
 
     @property
     def token_ids(self) -> list[int]:
+        """All that were generated, ends of turns included."""
         return self.completions[0].token_ids
 
     @property
     def reasoning(self) -> str:
+        """Text of the think block."""
         return self.completions[0].reasoning
 
     @property
     def tool_calls(self) -> list[ToolCall]:
+        """In the order they were made."""
         return self.completions[0].tool_calls
 
     @property
     def finish_reason(self) -> FinishReason:
+        """Why the answer ended."""
         return self.completions[0].finish_reason
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
+        """One a token, where they were asked for."""
         return self.completions[0].logprobs
 
     @property
     def timings(self) -> Timings:
+        """Seconds of its phases."""
         return self.completions[0].timings
 
     @property
     def usage(self) -> Usage:
+        """Tokens of prompt and answer."""
         return Usage(
             prompt_tokens=len(self.prompt_token_ids),
             completion_tokens=sum(c.usage.completion_tokens for c in self.completions),
@@ -253,6 +262,7 @@ class Collector:
         self._result = GenerationResult(prompt_token_ids=[], completions=self._completions)
 
     def push(self, event: Event) -> None:
+        """Takes in the next event."""
         if isinstance(event, Failed):
             raise event.error
         if isinstance(event, PromptProcessed):
@@ -281,6 +291,7 @@ class Collector:
             completion.timings = event.timings
 
     def result(self) -> GenerationResult:
+        """What the events came to; to be called after the last."""
         return self._result
 
 

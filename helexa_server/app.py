@@ -214,6 +214,7 @@ def _bind_advice(error: OSError, host: str, port: int) -> str:
 
 
 def url(listener: socket.socket) -> str:
+    """The address people reach ``listener`` at."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
 

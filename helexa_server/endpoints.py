@@ -67,6 +67,7 @@ async def read_json_body(request: Request) -> bytes:
 
 
 def json_response(payload: Any, status: int = 200) -> Response:
+    """``payload`` as JSON, of whatever msgspec encodes."""
     return Response(msgspec.json.encode(payload), status, media_type="application/json")
 
 
@@ -232,6 +233,7 @@ class Stream:
         self._started = False
 
     async def run(self, generation: Generation, record: RequestRecord) -> None:
+        """Writes every frame of ``generation``, keep-alives between them, and the last. Raises what the generation raises."""
         while (item := await self._next(generation)) is not None:
             prompt_index, event = item
             record.push(event, prompt_index)
@@ -406,6 +408,8 @@ class TokenizeBody(msgspec.Struct):
 
 
 class DetokenizeBody(msgspec.Struct):
+    """Token ids whose text is asked for."""
+
     tokens: list[int]
     model: str | None = None
 
@@ -439,6 +443,8 @@ async def detokenize(request: Request) -> Response:
 
 
 class EmbeddingsBody(msgspec.Struct):
+    """What OpenAI's clients send."""
+
     input: str | list[Any]
     model: str | None = None
 

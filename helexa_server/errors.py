@@ -155,6 +155,7 @@ STATUS: dict[type[HelexaError], int] = {
 
 
 def status_of(error: HelexaError) -> int:
+    """The HTTP status of an error, by its type."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
@@ -190,6 +191,7 @@ def as_helexa_error(error: Exception) -> HelexaError:
 
 
 async def on_helexa_error(request: Request, error: Exception) -> Response:
+    """One of ours, raised by an endpoint that has not answered yet."""
     assert isinstance(error, HelexaError)
     return error_response(error, request.scope)
 

@@ -33,6 +33,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
+        """Counts one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 

@@ -28,6 +28,8 @@ class Error(msgspec.Struct):
 
 
 class ErrorEnvelope(msgspec.Struct):
+    """What every error of an OpenAI-shaped route is answered with."""
+
     error: Error
 
 
@@ -39,36 +41,50 @@ class MessagesErrorEnvelope(msgspec.Struct):
 
 
 class TokenCount(msgspec.Struct):
+    """How many tokens the prompt has."""
+
     input_tokens: int
 
 
 class Prompt(msgspec.Struct):
+    """The rendered prompt."""
+
     prompt: str
     count: int
 
 
 class Tokens(msgspec.Struct):
+    """Token ids of a text or of messages."""
+
     tokens: list[int]
     count: int
     max_model_len: int
 
 
 class DetokenizedText(msgspec.Struct):
+    """The text of token ids, under both names."""
+
     prompt: str
     content: str
 
 
 class Cancelled(msgspec.Struct):
+    """How many requests were ended."""
+
     id: str
     cancelled: int
 
 
 class Stopped(msgspec.Struct):
+    """How many requests were told to answer."""
+
     id: str
     stopped: int
 
 
 class Status(msgspec.Struct):
+    """How one model is."""
+
     status: str
 
 
@@ -82,11 +98,15 @@ class ModelHealth(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
+    """That the process is up."""
+
     status: str
     models: list[ModelHealth]
 
 
 class Version(msgspec.Struct):
+    """Which server this is."""
+
     name: str
     version: str
 
@@ -109,6 +129,8 @@ class Model(msgspec.Struct):
 
 
 class ModelList(msgspec.Struct):
+    """All models, in OpenAI's words and Anthropic's."""
+
     object: str
     data: list[Model]
     has_more: bool
@@ -117,6 +139,8 @@ class ModelList(msgspec.Struct):
 
 
 class Discovery(msgspec.Struct):
+    """The host and its devices."""
+
     version: str
     host: dict[str, str]
     devices: list[dict[str, Any]]

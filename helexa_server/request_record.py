@@ -36,6 +36,7 @@ class RequestRecord:
     _last_token: dict[tuple[int, int], float] = field(default_factory=dict)  # by prompt and answer
 
     def push(self, event: Event, prompt_index: int = 0) -> None:
+        """Takes in the next event of the answer to prompt ``prompt_index``."""
         if isinstance(event, PromptProcessed):
             self.prompt_tokens += len(event.prompt_token_ids)
             self.cached_tokens += event.cached_tokens
@@ -59,6 +60,7 @@ class RequestRecord:
         self._last_token[answer] = now
 
     def close(self) -> None:
+        """Writes the log line and counts the request; to be called once, when it has ended."""
         seconds = time.monotonic() - self.started
         if self.error is not None:
             self.metrics.failed[self.error.code] += 1

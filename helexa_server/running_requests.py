@@ -14,9 +14,11 @@ _PREFIX = re.compile(r"^(?:chatcmpl-|cmpl-|resp_|msg_)")
 class Steerable(Protocol):
     """A request that runs, as far as others may act on it."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Ends it for everybody who waits for it."""
 
-    def stop_thinking(self) -> None: ...
+    def stop_thinking(self) -> None:
+        """Ends its reasoning; it goes on with the answer."""
 
 
 class _Running(NamedTuple):

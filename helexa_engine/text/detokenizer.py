@@ -9,8 +9,11 @@ from typing import Protocol
 class TokenBytes(Protocol):
     """What is needed of a tokenizer."""
 
-    def token_bytes(self, token_id: int) -> bytes: ...
-    def is_special(self, token_id: int) -> bool: ...
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for."""
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is left out of visible text."""
 
 
 class Detokenizer:

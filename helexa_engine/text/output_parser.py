@@ -102,6 +102,7 @@ class OutputParser:
 
     @property
     def in_reasoning(self) -> bool:
+        """Whether the think block is open."""
         return self._state == self._reasoning
 
     def push(self, text: str) -> list[Piece]:

@@ -322,6 +322,7 @@ class OutputProcessor:
 
     @property
     def stop_hit(self) -> bool:
+        """Whether a stop string was found."""
         return self._stops.hit is not None
 
     def push(

@@ -268,6 +268,7 @@ class GrammarCompiler:
         )
 
     def new_mask(self) -> npt.NDArray[np.int32]:
+        """int32 [(vocab_size + 31) // 32] of nothing allowed, for :meth:`GrammarState.fill_mask`."""
         return np.zeros((self.vocab_size + 31) // 32, np.int32)
 
     def compile(self, rules: Rules, thinking: Thinking = "no") -> GrammarState:

@@ -59,6 +59,7 @@ class AddedToken:
     single_word: bool = False
 
     def pattern(self) -> str:
+        """The regular expression that finds the token in text."""
         pattern = re.escape(self.content)
         if self.single_word:
             pattern = rf"(?<!\w){pattern}(?!\w)"

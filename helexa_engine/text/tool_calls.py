@@ -32,6 +32,7 @@ class ToolCallReader(ABC):
         """The next character. Raises :class:`BrokenJson` where the arguments can be no JSON."""
 
     def take(self) -> tuple[str | None, str]:
+        """(the name, the first time it is known; the arguments' text since the last call)."""
         if self._name is None:
             return None, ""
         name = None if self.name_given else self._name

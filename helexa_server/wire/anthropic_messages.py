@@ -53,18 +53,24 @@ class Message(msgspec.Struct):
 
 
 class Thinking(msgspec.Struct):
+    """Whether the model is to think, and for how many tokens at most."""
+
     type: str
     budget_tokens: int | None = None
     display: str | None = None
 
 
 class ToolChoice(msgspec.Struct):
+    """``auto``, ``any``, ``none`` or ``tool`` with its name."""
+
     type: str
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class OutputConfig(msgspec.Struct):
+    """How hard to think, and the format of the answer."""
+
     effort: str | None = None
     format: dict[str, Any] | None = None
 

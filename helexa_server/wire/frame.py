@@ -34,6 +34,7 @@ class Frame(NamedTuple):
 
 
 def json_frame(payload: Any) -> Frame:
+    """A frame of ``payload`` as JSON."""
     return Frame(msgspec.json.encode(payload))
 
 
@@ -80,7 +81,8 @@ class Call:
 class Projection(Protocol):
     """Turns the events of one streamed call into frames."""
 
-    def push(self, event: Event, prompt_index: int = 0) -> list[Frame]: ...
+    def push(self, event: Event, prompt_index: int = 0) -> list[Frame]:
+        """Frames that say what ``event`` adds, none if nothing yet."""
 
     def keep_alive(self) -> list[Frame]:
         """Frames that change nothing, sent after a silence."""
@@ -98,13 +100,17 @@ class Projection(Protocol):
 class Wire(Protocol):
     """A module of this package, as the endpoints see it."""
 
-    def parse_request(self, body: bytes) -> Call: ...
+    def parse_request(self, body: bytes) -> Call:
+        """The body as neutral requests. Raises :class:`InvalidRequest` with the path."""
 
-    def Projector(self, call: Call, model: str, created: int) -> Projection: ...  # noqa: N802 (a class in the modules)
+    def Projector(self, call: Call, model: str, created: int) -> Projection:  # noqa: N802 (a class in the modules)
+        """What makes frames of the events of a streamed call."""
 
-    def build_response(self, call: Call, results: Sequence[GenerationResult], model: str, created: int) -> Any: ...
+    def build_response(self, call: Call, results: Sequence[GenerationResult], model: str, created: int) -> Any:
+        """The whole answer, of one result a request."""
 
-    def error_body(self, error: HelexaError, status: int) -> dict[str, Any]: ...
+    def error_body(self, error: HelexaError, status: int) -> dict[str, Any]:
+        """The wire format's own envelope."""
 
 
 _PLACE = re.compile(r" - at (?:key in )?`\$\.?(?P<path>.*)`$")

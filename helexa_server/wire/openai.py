@@ -18,6 +18,8 @@ LEAST_LOGPROB = -9999.0
 
 
 class StreamOptions(msgspec.Struct):
+    """Whether a stream ends with a chunk of usage."""
+
     include_usage: bool | None = None
 
 
@@ -134,6 +136,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
     @property
     def include_usage(self) -> bool:
+        """Whether the client asked for a last chunk with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -200,6 +203,7 @@ class Accounts:
     rated_tokens: int = 0
 
     def push(self, event: Event) -> None:
+        """Takes in an event of any of the answers."""
         if isinstance(event, PromptProcessed):
             self.prompt_tokens += len(event.prompt_token_ids)
             self.cached_tokens += event.cached_tokens
@@ -208,6 +212,7 @@ class Accounts:
 
     @classmethod
     def of_results(cls, results: Sequence[GenerationResult]) -> Accounts:
+        """Of answers that are complete."""
         accounts = cls()
         for result in results:
             accounts.prompt_tokens += len(result.prompt_token_ids)
@@ -224,6 +229,7 @@ class Accounts:
         self.timings.append(timings)
 
     def usage_body(self) -> dict[str, Any]:
+        """OpenAI's ``usage`` of what was taken in."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -251,6 +257,7 @@ class Accounts:
 
 
 def finite(logprob: float) -> float:
+    """``value``, or None where JSON has no word for it."""
     return max(logprob, LEAST_LOGPROB)
 
 

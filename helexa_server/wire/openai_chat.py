@@ -47,6 +47,8 @@ MESSAGE_FIELDS = (
 
 
 class ChatBody(SamplingFields, kw_only=True):
+    """What is read of a chat body; everything else is ignored."""
+
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None

@@ -28,6 +28,8 @@ MAX_PROMPTS = 256
 
 
 class CompletionBody(SamplingFields, kw_only=True):
+    """What is read of a completions body; everything else is ignored."""
+
     prompt: str | list[str | int | list[int]]
     suffix: str | None = None
     echo: bool | None = None

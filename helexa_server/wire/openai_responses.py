@@ -64,11 +64,15 @@ class Item(msgspec.Struct):
 
 
 class Reasoning(msgspec.Struct):
+    """How hard to think, and whether to tell a summary."""
+
     effort: str | None = None
     summary: str | None = None
 
 
 class Text(msgspec.Struct):
+    """The format of the answer."""
+
     format: dict[str, Any] | None = None
     verbosity: str | None = None
 
