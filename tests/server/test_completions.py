@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import openai
 import pytest
 
-from helexa_engine.events import ContentDelta, Event, PromptProcessed
+from helexa_engine.errors import EngineDied
+from helexa_engine.events import ContentDelta, Event, Failed, PromptProcessed
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.testing.fake_engine import FakeEngine
 
 from .answer_scripts import PROMPT, answer, finished, token, words
-from .live import Serve
+from .live import Serve, wait_until
 
 
 def test_whole_and_streamed(serve: Serve) -> None:
@@ -116,3 +118,28 @@ def test_one_prompt_failing_aborts_the_others(serve: Serve) -> None:
     with pytest.raises(openai.InternalServerError):
         serve(engine).openai().completions.create(model="fake", prompt=["slow", "bad"])
     assert engine.aborted == [request.request_id for request in engine.requests if request.prompt == "slow"]
+
+
+def test_error_in_mid_stream_is_an_error_event(serve: Serve) -> None:
+    live = serve(FakeEngine([PROMPT, *words("Hello there"), Failed(EngineDied("the engine stopped"))]))
+    with live.http() as http:
+        frames = http.post("/v1/completions", json={"prompt": "a", "stream": True}).text.strip().split("\n\n")
+    assert json.loads(frames[-1].removeprefix("data: "))["error"]["code"] == "engine_died"
+    assert "".join(json.loads(frame.removeprefix("data: "))["choices"][0]["text"] for frame in frames[:-1]) == (
+        "Hello there"
+    )
+
+
+def test_silence_is_filled_with_chunks_that_say_nothing(serve: Serve) -> None:
+    live = serve(FakeEngine([PROMPT, 0.35, *words("late"), finished()]), keep_alive_seconds=0.1)
+    chunks = list(live.openai().completions.create(model="fake", prompt="a", stream=True))
+    said = [choice.text for chunk in chunks for choice in chunk.choices]
+    assert len(chunks) >= 5 and "".join(said) == "late" and not any(choice.text for choice in chunks[0].choices)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_aborts_its_request(serve: Serve, stream: bool) -> None:
+    engine = FakeEngine([PROMPT, *words("some words"), 60.0])
+    with serve(engine).http(timeout=0.3) as http, pytest.raises(Exception, match="timed out"):
+        http.post("/v1/completions", json={"prompt": "a", "stream": stream})
+    wait_until(lambda: engine.aborted == [engine.requests[0].request_id], seconds=2.0)

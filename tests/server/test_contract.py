@@ -82,17 +82,22 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         (CHAT, "test_stream_without_usage_ends_with_timings_then_done"),
     ],
     "After 10 s without bytes: a no-op chunk on chat": [(CHAT, "test_silence_is_filled_with_empty_chunks")],
+    "After 10 s without bytes: a chunk that says nothing on completions": [
+        (COMPLETIONS, "test_silence_is_filled_with_chunks_that_say_nothing")
+    ],
     "After 10 s without bytes: event: ping on messages": [(MESSAGES, "test_silence_is_filled_with_pings")],
     "After 10 s without bytes: an event that changes nothing on responses": [(RESPONSES, "test_silence_is_filled")],
     "Never a total timeout": [(ROUTES_FILE, "test_a_stream_outlasts_every_timeout")],
     "Client gone: aborted in every phase, streaming or not": [
         (CHAT, "test_a_client_that_leaves_aborts_its_request"),
+        (COMPLETIONS, "test_a_client_that_leaves_aborts_its_request"),
         (RESPONSES, "test_a_client_that_leaves_aborts_its_request"),
         (MESSAGES, "test_a_client_that_leaves_aborts_its_request"),
         (ENGINE, "test_abort_frees_every_page_in_every_phase"),
     ],
     "A failure in mid-stream is an error event in that wire's own form": [
         (CHAT, "test_error_in_mid_stream_is_an_error_event"),
+        (COMPLETIONS, "test_error_in_mid_stream_is_an_error_event"),
         (RESPONSES, "test_error_in_mid_stream_is_an_error_event_and_a_failed_response"),
         (MESSAGES, "test_error_in_mid_stream_is_an_error_event"),
     ],
@@ -244,12 +249,19 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "422 model_does_not_fit": [(APP, "test_a_load_that_failed_is_told")],
     "422 template_render_failed": [(CHAT, "test_error_before_the_first_token_has_its_status")],
     "401 invalid_api_key": [(APP, "test_api_key"), (ROUTES_FILE, "test_a_file_of_keys_and_an_admin_key")],
-    "429 rate_limit_exceeded with Retry-After": [(CHAT, "test_error_before_the_first_token_has_its_status")],
+    "429 rate_limit_exceeded with Retry-After; never 402": [
+        (CHAT, "test_error_before_the_first_token_has_its_status"),
+        ("server/test_openapi.py", "test_nothing_is_answered_with_402"),
+    ],
     "503 service_unavailable with Retry-After: loading, draining": [
         (APP, "test_while_loading"),
         (APP, "test_shutdown_is_bounded_and_says_so"),
     ],
-    "500 engine_died": [(CHAT, "test_error_before_the_first_token_has_its_status")],
+    "500 engine_died, and the model is already coming back": [
+        (CHAT, "test_error_before_the_first_token_has_its_status"),
+        ("end_to_end/test_worker_faults.py", "test_kill_in_decode"),
+        ("server/lifecycle/test_model_life.py", "test_what_dies_is_loaded_again"),
+    ],
     "A request for a model that is loading waits, with keep-alives": [(APP, "test_a_request_waits_for_the_load")],
     # -- Around them
     "Keys: none, one, a file of keys, an admin key": [

@@ -56,6 +56,11 @@ def test_every_status_is_described_somewhere() -> None:
     assert set(STATUS.values()) - described == {405}, "405 is what other methods of a path answer"
 
 
+def test_nothing_is_answered_with_402() -> None:
+    """contracts.md 3: who is out of budget gets 429; clients take 402 for the end of a subscription."""
+    assert 402 not in STATUS.values()
+
+
 def test_it_is_served(serve: Serve) -> None:
     with serve(FakeEngine([])).http() as http:
         got = http.get("/openapi.json")
