@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,7 @@
 #include "quant_matmul.h"
 #include "quantize.h"
 #include "thread_pool.h"
+#include "weight_memory.h"
 #ifdef HELEXA_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -35,6 +37,11 @@ T* pointer(uintptr_t address, const char* function, const char* argument) {
   check_pointer(address, function, argument);
   return reinterpret_cast<T*>(address);
 }
+
+struct ZeroedMemory {
+  std::shared_ptr<uint8_t> data;
+  size_t nbytes;
+};
 
 std::atomic<int64_t> kernel_nanoseconds{0};
 
@@ -112,6 +119,17 @@ PYBIND11_MODULE(_native, module) {
       "kernel_seconds", [] { return double(kernel_nanoseconds.load()) * 1e-9; },
       "Time that all threads together have spent inside model calls; what else a step takes is the binding's and "
       "Python's.");
+
+  py::class_<ZeroedMemory>(module, "ZeroedMemory", py::buffer_protocol(),
+                           "Resident zeros, writable by the buffer protocol.")
+      .def(py::init([](size_t nbytes) {
+             py::gil_scoped_release release;
+             return std::make_unique<ZeroedMemory>(ZeroedMemory{allocate_zeroed(nbytes), nbytes});
+           }),
+           py::arg("nbytes"))
+      .def_buffer([](const ZeroedMemory& m) {
+        return py::buffer_info(m.data.get(), 1, py::format_descriptor<uint8_t>::format(), 1, {m.nbytes}, {1});
+      });
 
   py::class_<PackedMatrix>(module, "PackedMatrix", "Weights in the kernels' own order; see csrc/cpu/packed_matrix.h.")
       .def_property_readonly("quant_type", [](const PackedMatrix& m) { return static_cast<int>(m.type()); })

@@ -1,5 +1,9 @@
 #include "packed_matrix.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -211,24 +215,58 @@ bool has_minimum(QuantType type) {
          type == QuantType::Q5_K;
 }
 
-// Places the 32 codes of one row into the zeroed code vectors of its group, or takes them out again. Word w of a vector
-// is row w's; a word holds four columns.
-void place_codes(const uint8_t* codes, const PackedLayout& layout, int row, uint8_t* vectors) {
-  uint32_t quads[8];
-  std::memcpy(quads, codes, 32);
-  auto* words = reinterpret_cast<uint32_t*>(vectors) + row;
+// out[j][r] = the j-th of the eight 4-byte words that begin at rows + r * stride.
+void transpose(const uint8_t* rows, size_t stride, uint32_t (*out)[kLanes]) {
+#if defined(__SSE2__)
+  for (int r = 0; r < kLanes; r += 4)
+    for (int j = 0; j < 8; j += 4) {
+      const auto row = [&](int k) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + size_t(r + k) * stride + 4 * j));
+      };
+      const __m128i low01 = _mm_unpacklo_epi32(row(0), row(1)), high01 = _mm_unpackhi_epi32(row(0), row(1));
+      const __m128i low23 = _mm_unpacklo_epi32(row(2), row(3)), high23 = _mm_unpackhi_epi32(row(2), row(3));
+      const auto store = [&](int k, __m128i words) {
+        _mm_store_si128(reinterpret_cast<__m128i*>(&out[j + k][r]), words);
+      };
+      store(0, _mm_unpacklo_epi64(low01, low23)), store(1, _mm_unpackhi_epi64(low01, low23));
+      store(2, _mm_unpacklo_epi64(high01, high23)), store(3, _mm_unpackhi_epi64(high01, high23));
+    }
+#else
+  for (int r = 0; r < kLanes; ++r)
+    for (int j = 0; j < 8; ++j) std::memcpy(&out[j][r], rows + size_t(r) * stride + 4 * j, 4);
+#endif
+}
+
+// Writes the code vectors of 32 columns, of which row r's codes begin at rows + r * stride. Word w of a vector is row
+// w's and holds four columns.
+void place_codes(const uint8_t* rows, size_t stride, const PackedLayout& layout, uint8_t* vectors) {
+  alignas(64) uint32_t quads[8][kLanes];
+  transpose(rows, stride, quads);
+  auto* words = reinterpret_cast<uint32_t*>(vectors);
   if (layout.base_bits == 8) {
-    for (int j = 0; j < 8; ++j) words[16 * j] = quads[j];
+    std::memcpy(words, quads, sizeof quads);
   } else if (layout.base_bits == 4) {
-    for (int j = 0; j < 4; ++j) words[16 * j] = (quads[j] & 0x0f0f0f0f) | (quads[j + 4] & 0x0f0f0f0f) << 4;
+    for (int j = 0; j < 4; ++j)
+      for (int r = 0; r < kLanes; ++r)
+        words[16 * j + r] = (quads[j][r] & 0x0f0f0f0f) | (quads[j + 4][r] & 0x0f0f0f0f) << 4;
   } else {
-    for (int j = 0; j < 8; ++j) words[16 * (j / 4)] |= (quads[j] & 0x03030303) << (j % 4 * 2);
+    for (int j = 0; j < 8; j += 4)
+      for (int r = 0; r < kLanes; ++r)
+        words[4 * j + r] = (quads[j][r] & 0x03030303) | (quads[j + 1][r] & 0x03030303) << 2 |
+                           (quads[j + 2][r] & 0x03030303) << 4 | (quads[j + 3][r] & 0x03030303) << 6;
   }
   auto* high = words + 16 * layout.base_bits;
+  const int shift = layout.base_bits;
   if (layout.high_bits == 1) {
-    for (int j = 0; j < 8; ++j) high[0] |= (quads[j] >> layout.base_bits & 0x01010101) << j;
+    uint32_t bits[kLanes] = {};
+    for (int j = 0; j < 8; ++j)
+      for (int r = 0; r < kLanes; ++r) bits[r] |= (quads[j][r] >> shift & 0x01010101) << j;
+    std::memcpy(high, bits, sizeof bits);
   } else if (layout.high_bits == 2) {
-    for (int j = 0; j < 8; ++j) high[16 * (j / 4)] |= (quads[j] >> layout.base_bits & 0x03030303) << (j % 4 * 2);
+    for (int j = 0; j < 8; j += 4)
+      for (int r = 0; r < kLanes; ++r)
+        high[4 * j + r] = (quads[j][r] >> shift & 0x03030303) | (quads[j + 1][r] >> shift & 0x03030303) << 2 |
+                          (quads[j + 2][r] >> shift & 0x03030303) << 4 | (quads[j + 3][r] >> shift & 0x03030303) << 6;
   }
 }
 void take_codes(const uint8_t* vectors, const PackedLayout& layout, int row, uint8_t* codes) {
@@ -314,20 +352,28 @@ PackedMatrix::PackedMatrix(int quant_type, const void* source, int64_t rows, int
   }
   data_ = allocate_weights(size_t(packed_bytes()));
   parallel_for(stack_ * groups(), 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i)
-      pack_group(i % groups(), bytes + i / groups() * stack_stride_, data_.get() + i * group_bytes_);
+    for (int64_t i = begin; i < end; ++i) {
+      const uint8_t* matrix = bytes + i / groups() * stack_stride_;
+      const int64_t g = i % groups();
+      // A file's pages come into the map one run at a time here, not fault by fault below.
+      if (i == begin || g == 0)
+        populate_pages(matrix + g * kLanes * row_bytes_,
+                       size_t((std::min(g + end - i, groups()) - g) * kLanes * row_bytes_));
+      pack_group(g, matrix, data_.get() + i * group_bytes_);
+    }
   });
 }
 
 void PackedMatrix::pack_group(int64_t g, const uint8_t* matrix, uint8_t* out) const {
-  std::memset(out, 0, size_t(group_bytes_));  // rows beyond the last are zero
   const int lanes = this->lanes(g);
   const uint8_t* source = matrix + g * kLanes * row_bytes_;
   if (layout_.storage == Storage::kBlocks) {
     std::memcpy(out, source, size_t(lanes * row_bytes_));
+    std::memset(out + lanes * row_bytes_, 0, size_t(group_bytes_ - lanes * row_bytes_));
     return;
   }
   if (layout_.storage == Storage::kFloats) {
+    std::memset(out, 0, size_t(group_bytes_));  // what stands beside a last odd column
     // Elements of 4 bytes are a column of F32 or a pair of BF16's; a last odd one of these is placed by itself.
     if (type() == QuantType::F16) {
       interleave<uint16_t>(source, row_bytes_, cols_, lanes, out);
@@ -341,20 +387,24 @@ void PackedMatrix::pack_group(int64_t g, const uint8_t* matrix, uint8_t* out) co
   }
   const bool minimum = has_minimum(type());
   const int small = small_bytes(layout_, minimum), groups_per_block = traits_.block_size / 32;
+  const int64_t blocks = cols_ / traits_.block_size;
+  std::memset(out + blocks * layout_.header_bytes, 0, size_t(header_area_ - blocks * layout_.header_bytes));
   with_block_type(type(), [&](auto block) {
-    Fields fields;
-    for (int64_t i = 0; i < cols_ / traits_.block_size; ++i) {
+    Fields fields[kLanes] = {};  // rows beyond the last are zero
+    for (int64_t i = 0; i < blocks; ++i) {
       uint8_t* header = out + i * layout_.header_bytes;
       uint8_t* codes = out + header_area_ + i * groups_per_block * layout_.code_bytes();
       for (int r = 0; r < lanes; ++r) {
         std::memcpy(&block, source + r * row_bytes_ + i * sizeof block, sizeof block);
-        split(block, fields);
-        put_half(header, r, fields.d);
-        if (minimum) put_half(header + 32, r, fields.dmin);
-        for (int s = 0; s < small; ++s) header[(minimum ? 64 : 32) + kLanes * s + r] = fields.small[s];
-        for (int j = 0; j < groups_per_block; ++j)
-          place_codes(fields.codes + 32 * j, layout_, r, codes + j * layout_.code_bytes());
+        split(block, fields[r]);
       }
+      for (int r = 0; r < kLanes; ++r) {
+        put_half(header, r, fields[r].d);
+        if (minimum) put_half(header + 32, r, fields[r].dmin);
+        for (int s = 0; s < small; ++s) header[(minimum ? 64 : 32) + kLanes * s + r] = fields[r].small[s];
+      }
+      for (int j = 0; j < groups_per_block; ++j)
+        place_codes(fields[0].codes + 32 * j, sizeof(Fields), layout_, codes + j * layout_.code_bytes());
     }
   });
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from ..errors import InvalidRequest
 
@@ -15,6 +15,12 @@ PAGE_SIZE = 64  # tokens; also the block of the attention's online softmax and t
 
 KvDtype = Literal["float32", "float16", "q8_0"]
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
+
+
+class Zeros(Protocol):
+    """``torch.zeros``, or what takes the memory from elsewhere."""
+
+    def __call__(self, *shape: int, dtype: torch.dtype = ...) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +51,19 @@ class AttentionCacheSpec:
             return 2 * values // 32 * 34  # a block of 32 and its scale
         return 2 * values * (4 if self.dtype == "float32" else 2)
 
-    def allocate(self, num_pages: int) -> AttentionCache:
+    def allocate(self, num_pages: int, zeros: Zeros | None = None) -> AttentionCache:
         """Zeroed keys and values of ``num_pages`` pages, as ``ops/paged_attention/reference.py`` lays them out."""
         import torch
 
+        zeros = zeros or torch.zeros
         pages = (num_pages, self.num_kv_heads)
         if self.dtype == "q8_0":
             page = self.page_size * self.head_dim // 32 * 34
-            return AttentionCache(*(torch.zeros(*pages, page, dtype=torch.int8) for _ in range(2)))
+            return AttentionCache(*(zeros(*pages, page, dtype=torch.int8) for _ in range(2)))
         dtype = getattr(torch, self.dtype)
         return AttentionCache(
-            torch.zeros(*pages, self.head_dim, self.page_size, dtype=dtype),
-            torch.zeros(*pages, self.page_size, self.head_dim, dtype=dtype),
+            zeros(*pages, self.head_dim, self.page_size, dtype=dtype),
+            zeros(*pages, self.page_size, self.head_dim, dtype=dtype),
         )
 
 
@@ -88,13 +95,14 @@ class StateCacheSpec:
         conv = (self.conv_kernel - 1) * self.conv_channels
         return 4 * (conv + self.num_v_heads * self.head_k_dim * self.head_v_dim)
 
-    def allocate(self, num_slots: int) -> StateCache:
+    def allocate(self, num_slots: int, zeros: Zeros | None = None) -> StateCache:
         """Zeroed states of ``num_slots`` slots."""
         import torch
 
+        zeros = zeros or torch.zeros
         return StateCache(
-            torch.zeros(num_slots, self.conv_kernel - 1, self.conv_channels),
-            torch.zeros(num_slots, self.num_v_heads, self.head_k_dim, self.head_v_dim),
+            zeros(num_slots, self.conv_kernel - 1, self.conv_channels),
+            zeros(num_slots, self.num_v_heads, self.head_k_dim, self.head_v_dim),
         )
 
 

@@ -146,7 +146,8 @@ def measure(
 
     before = machine.resident_bytes()
     started = time.perf_counter()
-    with load(model, config) as llm:
+    stages = Stages()
+    with load(model, config, stages) as llm:
         load_seconds = time.perf_counter() - started
         resident = machine.resident_bytes()
         prompts = Prompts(llm)
@@ -179,6 +180,7 @@ def measure(
         "read_bytes_per_second": round(read),
         "file_bytes": file_bytes,
         "load_seconds": round(load_seconds, 3),
+        "load_stage_seconds": stages.seconds,
         **({"mmap_experts": True} if config.mmap_experts else {}),
         "resident_bytes": resident.get("total"),
         "resident_bytes_before_load": before.get("total"),
@@ -197,6 +199,20 @@ def measure(
         **({} if decode_context else {"decode_share_outside_kernels": outside}),
         "decode_overhead_per_layer_microseconds": round((token_seconds - step_bytes / read) / num_layers * 1e6, 1),
     }
+
+
+class Stages:
+    """Seconds that each stage of a load took, as its progress tells them; what was before the first is ``imports``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage, self._since = "imports", time.perf_counter()
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage != self._stage:
+            now = time.perf_counter()
+            self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + now - self._since, 3)
+            self._stage, self._since = stage, now
 
 
 class Prompts:
@@ -251,10 +267,11 @@ def report(row: dict[str, Any]) -> str:
     """The row for people."""
     bandwidth = row["read_bytes_per_second"]
     machine_text = f"{row['machine']['cpu']}, {row['machine']['instruction_set']}, {row['threads']} threads"
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in row.get("load_stage_seconds", {}).items())
     lines = [
         ("model", f"{row['model']}, {row['file_bytes'] / 1e6:.0f} MB"),
         ("machine", f"{machine_text}; memory reads at {bandwidth / 1e9:.1f} GB/s"),
-        ("load", f"{row['load_seconds']:.2f} s"),
+        ("load", f"{row['load_seconds']:.2f} s" + (f" ({stages})" if stages else "")),
     ]
     if row["resident_bytes"] is not None:
         before = row["resident_bytes_before_load"]

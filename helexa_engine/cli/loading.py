@@ -38,14 +38,19 @@ def progress(title: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def load(model: str, config: EngineConfig) -> Iterator[LLM]:
-    """The loaded model; closed on leaving. Raises what :class:`LLM` raises."""
+def load(model: str, config: EngineConfig, watch: Progress | None = None) -> Iterator[LLM]:
+    """The loaded model; closed on leaving. ``watch`` is told what the bar is. Raises what :class:`LLM` raises."""
     model_path(model, offline=config.offline)  # downloads a hub id, with a bar a file; below it is found on disk
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     with progress(f"loading {model}") as report:
         from ..llm import LLM
 
-        llm = LLM(model, progress=report, **settings)
+        def told(stage: str, fraction: float) -> None:
+            report(stage, fraction)
+            if watch is not None:
+                watch(stage, fraction)
+
+        llm = LLM(model, progress=told, **settings)
     try:
         yield llm
     finally:

@@ -30,6 +30,7 @@ from .model_info import ModelInfo, Progress
 from .model_runner import Model, ModelRunner
 from .plan import plan_model
 from .request_events import RequestEvents, engine_request
+from .reserved_memory import ReservedMemory
 from .routes import Receive, Routes
 from .saved_prefixes import SavedPrefixes
 from .scheduler import Scheduler
@@ -110,8 +111,10 @@ def load_engine(model: str | Path, config: EngineConfig, progress: Progress | No
         build = model_class(checkpoint.architecture, checkpoint.where)
         plan = plan_model(checkpoint, config, name=model_name(model, path))
         log.info("%s: %s; keys and values in %s", path.name, plan.memory, plan.kv_dtype)
+        report("reading the tokenizer", 0.0)
         processor = request_processor(checkpoint)
         processor.tokenizer.check_fits(plan.config.vocab_size)
+        report("loading weights", 0.0)
         net = build(plan.config, plan.memory.max_model_len)
         cached = _cached(checkpoint, config, plan.name, report) if plan.from_quant_cache else None
         load_weights(
@@ -122,6 +125,7 @@ def load_engine(model: str | Path, config: EngineConfig, progress: Progress | No
             mmap_experts=config.mmap_experts,
             progress=report,
         )
+    report("reserving memory", 0.0)
     engine = build_engine(net, plan.specs, plan.memory, config, plan.config.vocab_size)
     if config.prefix_cache_folder is not None:
         report("restoring prefixes", 0.0)
@@ -188,9 +192,14 @@ def build_engine(
         prefixes = PrefixCache(pool)
     elif config.prefix_cache and memory.num_snapshots:
         prefixes = PrefixCache(pool, StatePool(memory.num_snapshots, first=config.max_num_seqs))
+    reserved = ReservedMemory(memory.kv_bytes + memory.state_bytes + memory.snapshot_bytes, num_tensors=2 * len(specs))
+    caches = [
+        spec.allocate(memory.num_pages if isinstance(spec, AttentionCacheSpec) else num_slots, reserved.zeros)
+        for spec in specs
+    ]
     runner = ModelRunner(
         model,
-        [spec.allocate(memory.num_pages if isinstance(spec, AttentionCacheSpec) else num_slots) for spec in specs],
+        caches,
         page_size=PAGE_SIZE,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

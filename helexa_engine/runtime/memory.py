@@ -16,6 +16,10 @@ SNAPSHOT_SHARE = 0.25
 #: Rows of logits computed at once where a whole prompt needs them: bounds the workspace to this many times the vocabulary.
 LOGITS_ROWS = 32
 
+#: Decode steps of up to this many sequences are replayed. Each number has activations of its own in memory, about 2 MB a sequence
+#: for a small model; and the more sequences, the less does a call through Python weigh.
+MOST_RECORDED = 4
+
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "max"
 
 

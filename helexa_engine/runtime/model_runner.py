@@ -14,6 +14,7 @@ import torch
 from ..batch import Batch
 from ..cache.spec import StateCache
 from ..ops.registry import native_core
+from .memory import MOST_RECORDED
 from .recorded_step import RecordedStep
 from .sampler import Logits
 from .scheduler import Chunk
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from ..cache.spec import LayerCache
 
 logger = logging.getLogger(__name__)
-
-#: Decode steps of up to this many sequences are replayed. Each number has activations of its own in memory, about 2 MB a sequence
-#: for a small model; and the more sequences, the less does a call through Python weigh.
-MOST_RECORDED = 4
 
 
 class Model(Protocol):

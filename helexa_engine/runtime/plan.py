@@ -26,7 +26,10 @@ from ..quant import mixes, types
 from ..weights.checkpoint import Checkpoint
 from ..weights.loader import LoadedTensor, loaded_tensors
 from . import memory, quant_cache
-from .memory import LOGITS_ROWS, MemoryPlan, available_bytes
+from .memory import LOGITS_ROWS, MOST_RECORDED, MemoryPlan, available_bytes
+
+#: Tokens that ``moe_matmul`` computes together (``kSliceRows`` of csrc/cpu/moe_matmul.cpp).
+SLICE_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,16 +213,27 @@ def plan_memory(
 
 
 def _workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Float32 activations of the widest layer in the largest step, and the logits."""
-    heads = model.num_attention_heads + 2 * model.num_key_value_heads
-    gates = model.num_attention_heads if model.attn_output_gate else 0
-    attention = (heads + gates + model.num_attention_heads) * model.head_dim
+    """Float32 activations of the largest step, the logits, and what the recorded decode steps keep.
+
+    The step's are counted three times, and every buffer of a layer though no two blocks need theirs at one time: the system's
+    allocator keeps what was freed in pieces that do not suit what is asked for next, and that was measured to be so much.
+    """
+    heads = model.num_attention_heads * (2 if model.attn_output_gate else 1) + 2 * model.num_key_value_heads
+    attention = (heads + model.num_attention_heads) * model.head_dim  # q|k|v and the context
     values = model.linear_num_value_heads * model.linear_value_head_dim
     conv = 2 * model.linear_num_key_heads * model.linear_key_head_dim + values
     delta_net = 2 * conv + 2 * values + 2 * model.linear_num_value_heads
-    # Gate, up and their product, of the dense block or of every expert that a token takes.
-    expert = model.num_experts_per_tok * (model.moe_intermediate_size + model.hidden_size)
-    feed_forward = 3 * max(model.intermediate_size, model.shared_expert_intermediate_size + expert)
-    per_token = 2 * model.hidden_size + max(attention, delta_net, feed_forward)
-    rows = max(config.max_num_seqs, LOGITS_ROWS)
-    return 4 * (config.max_num_batched_tokens * per_token + rows * model.vocab_size)
+    mixers = [attention if kind == "full_attention" else delta_net for kind in model.layer_types]
+    experts = 0
+    if model.num_experts:
+        # The chosen experts of a slice's tokens: inputs side by side, gated products and outputs. Then the router's inputs and logits.
+        widths = (model.num_experts_per_tok, model.moe_intermediate_size), (1, model.shared_expert_intermediate_size)
+        chosen = sum(count * 2 * (width + model.hidden_size) for count, width in widths if width)
+        experts = min(config.max_num_batched_tokens, SLICE_ROWS) * (chosen + 2 * model.hidden_size + model.num_experts)
+    step = config.max_num_batched_tokens * (model.hidden_size + max(mixers) + model.intermediate_size)
+    logits = max(config.max_num_seqs, LOGITS_ROWS) * (model.vocab_size + model.hidden_size)
+    most_recorded = min(config.max_num_seqs, MOST_RECORDED)
+    sequences = most_recorded * (most_recorded + 1) // 2
+    layers = sum(mixers) + len(mixers) * model.intermediate_size
+    recorded = sequences * (model.hidden_size + layers + model.vocab_size)
+    return 4 * (3 * step + experts + logits + recorded)

@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "quantised into the cache": {"quant": "Q4_K_M"},
     "mapped experts": {"mmap_experts": True},
     "converted": {"dtype": "float32"},
+    "quantised keys and values": {"kv_dtype": "q8_0"},
 }
 
 
@@ -68,7 +69,7 @@ def fixed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loaded_model_is_as_planned_byte_for_byte(
     files: dict[tuple[str, str], Path], fixed_memory: None, architecture: str, kind: str
 ) -> None:
-    path = files[architecture, "gguf" if kind in ("gguf", "mapped experts", "converted") else "folder"]
+    path = files[architecture, "folder" if kind == "folder" or "quant" in KINDS[kind] else "gguf"]
     config = EngineConfig(max_num_seqs=3, **KINDS[kind])
     plan = planned(path, config)
     loaded = load_model(path, config)

@@ -1,0 +1,41 @@
+"""Memory that a loaded model keeps: taken whole before the first request, so that no request has to find any."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..ops.registry import native_core
+
+_ALIGNMENT = 64
+
+
+class ReservedMemory:
+    """Zeros for KV pages, states and snapshots, in one piece.
+
+    Reserved means resident: Linux grants addresses without having memory for them, and would end the process when it comes to use
+    them. So every page is made to exist here, by the kernel, which clears it anyway (nothing is written over that), on all threads and
+    in huge pages where there are such. What does not fit fails now. Without the native core torch writes the zeros.
+
+    Args:
+        nbytes: of all tensors together.
+        num_tensors: how many they will be; each begins at a boundary of 64 bytes.
+
+    Raises:
+        MemoryError: the system has not as much.
+    """
+
+    def __init__(self, nbytes: int, num_tensors: int) -> None:
+        core = native_core()
+        self._memory = None if core is None else core.ZeroedMemory(nbytes + num_tensors * _ALIGNMENT)
+        self._used = 0
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor of the next bytes, which it keeps alive."""
+        count = math.prod(shape)
+        if self._memory is None or count == 0:
+            return torch.zeros(*shape, dtype=dtype)
+        start = self._used
+        self._used += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start).view(shape)
