@@ -23,11 +23,11 @@ def locate_model(model: str | Path, *, offline: bool = False, progress: Progress
         if not path.is_file():
             raise ModelNotFound("demo", f"the demo model is missing from this installation ({path})")
         return path
+    if not str(model):  # as a path it would be this folder
+        raise ModelNotFound("", "give a .gguf file, a HuggingFace folder, a hub id org/name, or demo")
     path = Path(model).expanduser()
     if path.is_dir() or path.is_file():
         return path
-    if not str(model):
-        raise ModelNotFound("", "give a .gguf file, a HuggingFace folder, a hub id org/name, or demo")
     hub_id = hub.HubId.parse(model) if isinstance(model, str) else None
     if hub_id is None:
         raise ModelNotFound(
