@@ -1,4 +1,4 @@
-"""Configuration: one dataclass field is one knob, and gives its flag, environment variable, TOML key and documentation.
+"""Configuration: one dataclass field is one knob, and gives its flag (most of them), environment variable, TOML key and documentation.
 
 Precedence: flag > environment ``HELEXA_<NAME>`` > TOML file > default. An unknown TOML key is an error with its path.
 """
@@ -22,9 +22,10 @@ from .sampling_params import NEUTRAL, SamplingParams
 Config = TypeVar("Config")
 
 
-def knob(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A config field with its documentation and, for numbers, its inclusive range."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def knob(default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: bool = True) -> Any:
+    """A config field with its documentation and, for numbers, its inclusive range. Without ``flag`` it is set in a file or in the
+    environment: what is rarely changed would hide the rest of ``--help``."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
 
 
 def byte_size(value: str | int) -> int:
@@ -70,6 +71,7 @@ class EngineConfig:
         0.5,
         "how long a running answer may wait for its next token while prompts are computed; a step has 64 of their tokens at least",
         low=0.001,
+        flag=False,
     )
     memory_fraction: float = knob(0.9, "share of free memory that weights and KV pages may take", low=0.05, high=1.0)
     prefix_cache: bool = knob(True, "reuse what is computed of a prompt for others that begin with the same tokens")
@@ -136,12 +138,12 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...], bool]:
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, only: Collection[str] | None = None) -> None:
-    """One ``--flag`` a field, or for those in ``only``. A flag that is not given stays out of the namespace, so that it does not
-    hide lower layers."""
+    """One ``--flag`` a field that has one, or for those in ``only``. A flag that is not given stays out of the namespace, so that it
+    does not hide lower layers."""
     hints = typing.get_type_hints(config)
     group = parser.add_argument_group(f"{config.__name__.removesuffix('Config').lower()} options")
     for f in dataclasses.fields(config):
-        if only is not None and f.name not in only:
+        if not f.metadata["flag"] or (only is not None and f.name not in only):
             continue
         kinds, choices, _ = _kinds(hints[f.name])
         flag = "--" + f.name.replace("_", "-")

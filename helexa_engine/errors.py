@@ -114,12 +114,13 @@ class UnsupportedCheckpoint(HelexaError):
 
 
 class Overloaded(HelexaError):
-    """The queue is full; try again after ``retry_after_seconds``."""
+    """There is no place, or none came free in time, or a client asks too fast (the fact ``reason`` says which); try again after
+    ``retry_after_seconds``."""
 
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, retry_after_seconds: float) -> None:
-        super().__init__(message, retry_after_seconds=retry_after_seconds)
+    def __init__(self, message: str, retry_after_seconds: float, **facts: Any) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds, **facts)
         self.retry_after_seconds = retry_after_seconds
 
 

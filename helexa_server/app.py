@@ -25,6 +25,7 @@ from helexa_engine.config import EngineConfig
 from helexa_engine.errors import InvalidRequest
 
 from . import endpoints, openapi, status_page
+from .admission import Admission
 from .allowed_hosts import AllowedHosts
 from .auth import RequireApiKey
 from .config import ServerConfig
@@ -101,6 +102,7 @@ def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette
     app.state.config = config
     app.state.models = ServedModels(models)
     app.state.running = RunningRequests()
+    app.state.admission = Admission(config, keys)
     app.state.rejected = Counter()
     app.state.energy = EnergyMeter()
     app.state.metrics = {model.id: ModelMetrics() for model in models}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +15,33 @@ from helexa_engine.config import check_fields, knob
 from helexa_engine.errors import InvalidRequest
 
 
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What one key may use. None: no limit.
+
+    Attributes:
+        requests_per_minute, tokens_per_minute: how fast it may ask; tokens are those of prompts, cached or not, and of answers.
+        token_budget: tokens in all, since the server was started.
+        priority: its requests are not more urgent than this (lower is earlier), whatever they ask for.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    token_budget: int | None = None
+    priority: int | None = None
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Keys:
-    """The keys a server takes. Without ``clients`` anyone may ask; without ``admin`` every client may do what an admin may."""
+    """The keys a server takes. Without ``clients`` anyone may ask; without ``admin`` every client may do what an admin may.
+
+    Attributes:
+        limits: of the clients' keys that have some.
+    """
 
     clients: tuple[str, ...] = ()
     admin: str | None = None
+    limits: Mapping[str, KeyLimits] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.clients) or self.admin is not None
@@ -34,7 +57,9 @@ class ServerConfig:
     host: str = knob("127.0.0.1", "address to listen on; anything but loopback needs an API key or --insecure")
     port: int = knob(8080, "port to listen on; 0 takes any free one", low=0, high=65535)
     api_key_file: str | None = knob(
-        None, "file with the keys clients may send, one a line, readable by its owner alone; or set HELEXA_API_KEY"
+        None,
+        "file with the keys clients may send, one a line, with limits behind it where it has some (docs/admission.md), readable by "
+        "its owner alone; or set HELEXA_API_KEY",
     )
     admin_key_file: str | None = knob(
         None, "file with the key that /models/load and /models/unload take; or set HELEXA_ADMIN_KEY"
@@ -46,11 +71,22 @@ class ServerConfig:
     )
     served_model_name: str | None = knob(None, "name clients use for the model; default: from its file, folder or id")
     max_body_bytes: int = knob(32 * 2**20, "largest request body accepted, in bytes", low=1024)
-    max_header_bytes: int = knob(32 * 2**10, "largest request line and headers accepted, in bytes", low=1024)
+    max_header_bytes: int = knob(
+        32 * 2**10, "largest request line and headers accepted, in bytes", low=1024, flag=False
+    )
     load_wait_seconds: float = knob(60.0, "how long a request waits for a model that is loading", low=0)
+    max_queued_requests: int = knob(
+        512,
+        "answers that may wait for each model beside those that run (max_num_seqs), whatever their length",
+        low=0,
+        flag=False,
+    )
+    max_queue_seconds: float = knob(
+        600.0, "how long a request may wait for its turn before it is refused", low=0.01, flag=False
+    )
     keep_alive_seconds: float = knob(10.0, "silence in a stream after which a no-op chunk is sent", low=0.01)
     stall_seconds: float = knob(
-        60.0, "how long a client may read nothing of a stream before it counts as gone", low=0.01
+        60.0, "how long a client may read nothing of a stream before it counts as gone", low=0.01, flag=False
     )
     watchdog_seconds: float = knob(
         120.0,
@@ -73,14 +109,15 @@ class ServerConfig:
                 not loopback and ``insecure`` is not set.
         """
         client, admin = env.api_key(), env.admin_key()
-        clients: tuple[str, ...] = () if client is None else (client,)
+        clients: dict[str, KeyLimits] = {} if client is None else {client: KeyLimits()}
         if client is None and self.api_key_file is not None:
             clients = _read_keys("api_key_file", self.api_key_file)
         if admin is None and self.admin_key_file is not None:
-            admin, *more = _read_keys("admin_key_file", self.admin_key_file)
-            if more:
+            admins = _read_keys("admin_key_file", self.admin_key_file)
+            (admin, limits), *more = admins.items()
+            if more or limits != KeyLimits():
                 raise InvalidRequest(
-                    "admin_key_file", f"expected one key in {self.admin_key_file}, got {1 + len(more)}"
+                    "admin_key_file", f"expected one key in {self.admin_key_file} and no limits, got {1 + len(more)}"
                 )
         if not clients and not self.insecure and not _is_loopback(self.host):
             raise InvalidRequest(
@@ -88,7 +125,7 @@ class ServerConfig:
                 f"{self.host} is reachable from other machines and no API key is set; set HELEXA_API_KEY or "
                 "--api-key-file, listen on 127.0.0.1, or pass --insecure to serve everybody who can connect",
             )
-        return Keys(clients, admin)
+        return Keys(tuple(clients), admin, {key: limits for key, limits in clients.items() if limits != KeyLimits()})
 
     def host_names(self) -> frozenset[str] | None:
         """The names in a ``Host`` header that are this server's, in lower case; None where any is. Addresses are always.
@@ -111,17 +148,43 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _read_keys(field: str, name: str) -> tuple[str, ...]:
-    """The lines of the file but empty ones and ``#`` comments; at least one."""
+def _read_keys(field: str, name: str) -> dict[str, KeyLimits]:
+    """The keys in the lines of the file but empty ones and ``#`` comments, and their limits; at least one."""
     path = Path(name)
     try:
         mode = path.stat().st_mode
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(field, f"cannot read {path}: {error}") from None
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise InvalidRequest(field, f"{path} is open to other users; run: chmod 600 {path}")
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys or not all(key.isprintable() and key.isascii() and " " not in key for key in keys):
-        raise InvalidRequest(field, f"expected {path} to hold keys, one a line, of printable ASCII without spaces")
+    keys: dict[str, KeyLimits] = {}
+    for number, line in enumerate(lines, 1):
+        key, *limits = line.split() or ["#"]
+        if key.startswith("#"):
+            continue
+        if not key.isprintable() or not key.isascii():
+            raise InvalidRequest(field, f"{path}:{number}: expected a key of printable ASCII, one a line")
+        keys[key] = _read_limits(field, f"{path}:{number}", limits)
+    if not keys:
+        raise InvalidRequest(field, f"expected {path} to hold keys, one a line; it has none")
     return keys
+
+
+def _read_limits(field: str, place: str, words: list[str]) -> KeyLimits:
+    """Limits as they stand behind a key: ``name=number``, each once."""
+    names = [f.name for f in dataclasses.fields(KeyLimits)]
+    limits: dict[str, int] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in names or name in limits:  # the word itself may be a part of the key, so it is not repeated
+            raise InvalidRequest(
+                field, f"{place}: expected one key a line, and behind it at most {'=N '.join(names)}=N, each once"
+            )
+        try:
+            limits[name] = int(text)
+        except ValueError:
+            raise InvalidRequest(field, f"{place}: expected a whole number behind {name}=") from None
+        if name != "priority" and limits[name] < 1:
+            raise InvalidRequest(field, f"{place}: expected {name} of at least 1, got {limits[name]}")
+    return KeyLimits(**limits)

@@ -15,12 +15,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from helexa_engine.errors import HelexaError, InvalidRequest
+from helexa_engine.errors import HelexaError, InvalidRequest, Overloaded
 from helexa_engine.events import Collector, Event, Failed
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.version import __version__
 
 from . import devices, metrics, sse
+from .admission import Admission, Place
 from .auth import IS_ADMIN, OWNER
 from .config import ServerConfig
 from .errors import (
@@ -170,24 +171,33 @@ class Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        config: ServerConfig = request.app.state.config
         models: ServedModels = request.app.state.models
         try:
             call = self.wire.parse_request(await read_json_body(request))
         except ClientDisconnect:
             return
         model = models.find(call.model)
+        admission: Admission = request.app.state.admission
+        with admission.enter(model, scope.get(OWNER), call.requests) as place:
+            await self._answer(call, model, place, scope, receive, send)
+
+    async def _answer(
+        self, call: Call, model: ServedModel, place: Place, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """The answer of a call that was let in."""
+        request = Request(scope, receive)
+        config: ServerConfig = request.app.state.config
         names = [asked.request_id for asked in call.requests]
         if (client_id := scope[CLIENT_ID]) is None:
             scope[REQUEST_ID] = names[0]
         else:
             names.append(client_id)
         record = scope[RECORD] = RequestRecord(
-            request.url.path, model.id, names[0], request.app.state.metrics[model.id], client_id
+            request.url.path, model.id, names[0], request.app.state.metrics[model.id], client_id, place.spend
         )
         projector = self.wire.Projector(call, model.id, int(time.time()))
         stream = Stream(send, projector, config)
-        generation = Generation(model, call.requests, config.load_wait_seconds)
+        generation = Generation(model, tuple(map(place.marked, call.requests)), config.load_wait_seconds)
         running: RunningRequests = request.app.state.running
         try:
             async with generation:
@@ -201,6 +211,8 @@ class Generate:
             record.client_gone = True
         except Exception as error:
             record.error = as_helexa_error(error)
+            if isinstance(error, Overloaded):  # it was let in, and then there was no seat
+                request.app.state.rejected[metrics.rejection(error)] += 1
             await stream.fail(record.error)
         except asyncio.CancelledError:  # the grace period of a shutdown is over
             record.error = ServiceUnavailable("the server is shutting down", RETRY_AFTER_SECONDS)

@@ -43,6 +43,12 @@ class ServiceUnavailable(HelexaError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class InsufficientQuota(HelexaError):
+    """The tokens that the key may use are used up. Repeating does not help."""
+
+    code = "insufficient_quota"
+
+
 class InvalidApiKey(HelexaError):
     """No key, or not the right one."""
 
@@ -145,6 +151,7 @@ STATUS: dict[type[HelexaError], int] = {
     UnsupportedCheckpoint: 422,
     BackendUnavailable: 422,
     Overloaded: 429,
+    InsufficientQuota: 429,
     HeadersTooLarge: 431,
     RequestCancelled: 499,  # nginx's word; clients must not take it for something to repeat, as they do 409
     HelexaError: 500,
@@ -176,8 +183,8 @@ def error_response(error: HelexaError, scope: Scope, headers: dict[str, str] | N
         headers["retry-after"] = str(max(1, math.ceil(retry_after)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    if status == 501:
-        headers["x-should-retry"] = "false"  # clients repeat what ends with 5xx
+    if status == 501 or isinstance(error, InsufficientQuota):
+        headers["x-should-retry"] = "false"  # clients repeat what ends with 429 or 5xx
     body = msgspec.json.encode(error_body(error, scope))
     return Response(body, status, headers, media_type="application/json")
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import get_args
 
+from helexa_engine.errors import HelexaError
 from helexa_engine.events import FinishReason, Timings
 from helexa_engine.version import __version__
 
@@ -74,16 +75,19 @@ class ModelMetrics:
 
 
 def render(
-    models: Iterable[tuple[ServedModel, ModelMetrics]], rejected: Mapping[str, int], joules: Mapping[str, float]
+    models: Iterable[tuple[ServedModel, ModelMetrics]],
+    rejected: Mapping[tuple[str, str], int],
+    joules: Mapping[str, float],
 ) -> str:
     """All metrics of all models; those of a model's engine once it is loaded.
 
-    ``rejected`` counts by code what reached no model; ``joules`` is what processors have taken, where that can be read.
+    ``rejected`` counts by :func:`rejection` what reached no model; ``joules`` is what processors have taken, where that can be read.
     """
     text = _Text()
     text.sample("helexa_info", "gauge", f'version="{_escape(__version__)}"', 1)
-    for code, count in rejected.items():
-        text.sample("helexa_rejected_requests_total", "counter", f'code="{code}"', count)
+    for (code, reason), count in rejected.items():
+        label = f'code="{code}"' + (f',reason="{reason}"' if reason else "")
+        text.sample("helexa_rejected_requests_total", "counter", label, count)
     for zone, taken in joules.items():
         text.sample("helexa_joules_total", "counter", f'zone="{_escape(zone)}"', taken)
     for model, metrics in models:
@@ -125,6 +129,11 @@ def render(
         if model.life.load_seconds is not None:
             text.sample("helexa_load_seconds", "gauge", label, model.life.load_seconds)
     return text.render()
+
+
+def rejection(error: HelexaError) -> tuple[str, str]:
+    """The code of an error and, where one code has several causes, which it was; else ""."""
+    return error.code, str(error.facts.get("reason", ""))
 
 
 def _escape(value: str) -> str:

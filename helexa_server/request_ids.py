@@ -14,6 +14,7 @@ from helexa_engine.generate_request import new_request_id
 
 from .errors import ERROR, RECORD
 from .logs import log_fields
+from .metrics import rejection
 
 log = logging.getLogger("helexa_server.requests")
 
@@ -61,6 +62,6 @@ class RequestIds:
                 error = scope.get(ERROR)
                 fields = {"id": scope[REQUEST_ID], "status": status, "seconds": time.monotonic() - started}
                 if error is not None:
-                    scope["app"].state.rejected[error.code] += 1
+                    scope["app"].state.rejected[rejection(error)] += 1
                     fields["error"] = f"{error.code}: {error.message}"
                 log_fields(log, f"{scope['method']} {Request(scope).url.path}", fields)

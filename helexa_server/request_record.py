@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,14 @@ log = logging.getLogger("helexa_server.requests")
 
 @dataclass
 class RequestRecord:
-    """Watches the events of one request; :meth:`close` writes its one log line and counts it."""
+    """Watches the events of one request; :meth:`close` writes its one log line and counts it. ``spend`` is told of its tokens."""
 
     path: str
     model: str
     request_id: str
     metrics: ModelMetrics
     client_id: str | None = None
+    spend: Callable[[int], None] = lambda tokens: None
     started: float = field(default_factory=time.monotonic)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -39,6 +41,7 @@ class RequestRecord:
         """Takes in the next event of the answer to prompt ``prompt_index``."""
         if isinstance(event, PromptProcessed):
             self.prompt_tokens += len(event.prompt_token_ids)
+            self.spend(len(event.prompt_token_ids))
             self.cached_tokens += event.cached_tokens
             self.metrics.prompt_tokens.observe(len(event.prompt_token_ids))
         elif not isinstance(event, Failed):
@@ -51,6 +54,7 @@ class RequestRecord:
     def _tokens(self, count: int, answer: tuple[int, int]) -> None:
         now = time.monotonic()
         self.completion_tokens += count
+        self.spend(count)
         if self.first_token_seconds is None:
             self.first_token_seconds = now - self.started
             self.metrics.time_to_first_token.observe(self.first_token_seconds)

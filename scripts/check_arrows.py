@@ -48,6 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "helexa_engine.runtime.scheduler": {
         "helexa_engine.cache", "helexa_engine.runtime.sequence", "helexa_engine.runtime.step_pace",
     },
+    "helexa_engine.runtime.step_pace": set(),
     "helexa_engine.runtime.sampler": set(),
     "helexa_engine.runtime": {
         "helexa_engine.runtime", "helexa_engine.cache", "helexa_engine.cache.spec", "helexa_engine.models",
@@ -77,6 +78,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "helexa_engine.cache.spec": set(),
     "helexa_engine.runtime.scheduler": {"torch", "numpy"},
     "helexa_engine.runtime.sequence": {"torch", "numpy"},
+    "helexa_engine.runtime.step_pace": {"torch", "numpy"},
 }
 
 #: leaves import nothing of ours but leaves, and no torch.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine import base, llama_cpp, prefix
+from benchmarks.engine import aggregate, base, llama_cpp, prefix, step_overhead
 from benchmarks.engine.cases import GROUPS, Case, is_recorded, rows_of
 from benchmarks.engine.summary import newest_pairs, summary
 from benchmarks.load.agreement import disagreements
@@ -18,6 +18,7 @@ from helexa_engine.cli.bench import preset_file
 from helexa_engine.ops.registry import native_core
 from helexa_engine.presets import PRESETS
 from helexa_engine.quant import mixes
+from helexa_engine.weights.checkpoint import open_checkpoint
 
 CASE = Case("qwen3-0.6b", "Q8_0", 64, 32, 4096)
 
@@ -83,6 +84,26 @@ def test_a_restart_is_measured_from_closing_to_the_first_token(tmp_path: Path) -
         (row["restore_seconds"] + row["hit_seconds"]) / row["cold_seconds"], rel=0.05
     )
     assert "256 tokens cached" in prefix.report_restart(row)
+
+
+@pytest.mark.skipif(native_core() is None, reason="benchmarks measure the native core")
+@pytest.mark.parametrize("preset", ["qwen3-tiny", "qwen3.5-tiny"])
+def test_answers_together_and_steps_are_measured(tmp_path: Path, preset: str) -> None:
+    path = preset_file(preset, "Q4_K_M", tmp_path)
+    with open_checkpoint(path) as checkpoint:
+        bytes_per_step, operations = aggregate.work(checkpoint)
+    assert 0 < bytes_per_step < path.stat().st_size and operations > bytes_per_step
+    with LLM(path, max_model_len=512, max_num_seqs=4) as llm:
+        rows = aggregate.measure(llm, "tiny", [1, 4], 8, 1, bytes_per_step, operations)
+        assert [row["sequences"] for row in rows] == [1, 4] and rows[0]["times_single"] == 1.0
+        ratio = rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"]
+        assert rows[1]["times_single"] == pytest.approx(ratio, rel=0.01)
+        assert all(0 < row["share_of_bandwidth"] <= row["share_of_roofline"] for row in rows)
+        assert "4 together" in aggregate.report(rows[1])
+        row = {"model": "tiny"} | step_overhead.measure(llm._loaded, 3, 5, 1.0)
+    parts = [row[f"{part}_microseconds"] for part in ("schedule", "batch", "sample", "rest")]
+    assert all(0 < part < row["host_microseconds"] < row["step_microseconds"] for part in parts)
+    assert "3 sequences" in step_overhead.report(row)
 
 
 def test_recorded_rows_can_be_read_and_say_what_they_compare() -> None:

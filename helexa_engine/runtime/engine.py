@@ -221,6 +221,7 @@ class Engine:
             prefix_cache_hits_total=self.scheduler.num_prefix_hits,
             snapshots_used=0 if snapshots is None else snapshots.num_used,
             snapshots_total=0 if snapshots is None else snapshots.num_slots,
+            max_num_seqs=self.scheduler.max_num_seqs,
             num_waiting_tokens=self.scheduler.num_waiting_tokens,
             answers_total=self._finished_answers,
             prompt_tokens_per_second=self.scheduler.pace.prompt_tokens_per_second,
@@ -295,7 +296,8 @@ class Engine:
                 f"no place came free within {limit:g} seconds (max_queue_seconds): {stats.num_running} answers run and "
                 f"{stats.num_waiting} wait; try again later"
             )
-            outputs.append(self._fail(first, Overloaded(message, stats.queue_seconds or limit or 1.0)))
+            wait = max(1.0, stats.queue_seconds or limit or 1.0)
+            outputs.append(self._fail(first, Overloaded(message, wait, reason="max_queue_seconds")))
         return outputs
 
     def _score_prompt(self, answer: _Answer, chunk: Chunk, hidden: torch.Tensor) -> None:

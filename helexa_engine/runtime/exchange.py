@@ -101,6 +101,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
         kv_pages_cached: the latter.
         prefix_cache_queries_total, prefix_cache_hits_total: prompt tokens looked up in the prefix cache, and those found.
         snapshots_used, snapshots_total: slots for snapshots of recurrent states.
+        max_num_seqs: most that run at once.
         num_waiting_tokens: tokens that those without a seat have to compute, if nothing of them is cached.
         answers_total: answers that came to their end.
         prompt_tokens_per_second, decode_tokens_per_second: measured lately, the latter of all sequences together; 0 before that.
@@ -120,6 +121,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_cache_hits_total: int = 0
     snapshots_used: int = 0
     snapshots_total: int = 0
+    max_num_seqs: int = 0
     num_waiting_tokens: int = 0
     answers_total: int = 0
     prompt_tokens_per_second: float = 0.0

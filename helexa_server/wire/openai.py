@@ -54,6 +54,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
     n: int | None = None
+    priority: int | None = None
     response_format: dict[str, Any] | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None

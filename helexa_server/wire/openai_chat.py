@@ -91,6 +91,7 @@ def parse_request(body: bytes) -> Call:
         sampling_params=chat.sampling_params(
             max_tokens=max_tokens, logprobs=_logprobs(chat), thinking_budget=thinking_budget
         ),
+        priority=chat.priority or 0,
     )
     return Call(
         model=chat.model,

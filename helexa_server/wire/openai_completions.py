@@ -53,7 +53,12 @@ def parse_request(body: bytes) -> Call:
     return Call(
         model=completion.model,
         requests=tuple(
-            GenerateRequest(prompt=prompt, echo=bool(completion.echo), sampling_params=params)
+            GenerateRequest(
+                prompt=prompt,
+                echo=bool(completion.echo),
+                sampling_params=params,
+                priority=completion.priority or 0,
+            )
             for prompt in _prompts(completion.prompt)
         ),
         stream=bool(completion.stream),

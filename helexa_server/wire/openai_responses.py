@@ -108,6 +108,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     seed: int | None = None
     stop: str | list[str] | None = None
     thinking_budget: int | None = None
+    priority: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -129,6 +130,7 @@ def parse_request(body: bytes) -> Call:
         parallel_tool_calls=parallel,
         chat_template_kwargs=template_kwargs,
         sampling_params=params,
+        priority=ask.priority or 0,
     )
     return Call(
         model=ask.model,

@@ -50,11 +50,20 @@ def test_a_bad_value_names_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(EngineConfig, {})
 
 
-def test_every_field_has_a_flag_and_unset_flags_stay_out() -> None:
+def test_fields_have_flags_and_unset_flags_stay_out() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, EngineConfig)
     assert vars(parser.parse_args([])) == {}
     assert vars(parser.parse_args(["--kv-dtype", "float16", "--seed", "3"])) == {"kv_dtype": "float16", "seed": "3"}
+
+
+def test_a_knob_without_a_flag_is_set_in_the_environment_or_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, EngineConfig)
+    assert "--max-step-seconds" not in parser.format_help()
+    assert resolve(EngineConfig, {}, {"max_step_seconds": 0.25}).max_step_seconds == 0.25
+    monkeypatch.setenv("HELEXA_MAX_STEP_SECONDS", "2")
+    assert resolve(EngineConfig, {}, {"max_step_seconds": 0.25}).max_step_seconds == 2.0
 
 
 def test_unknown_toml_keys_are_named_with_their_path(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ WIRE_RESPONSES, WIRE_MESSAGES = "server/wire/test_openai_responses.py", "server/
 DEMO = "end_to_end/test_demo_over_http.py"
 PARSER, STRUCTURED = "engine/text/test_output_parser.py", "engine/text/test_structured.py"
 ENGINE = "engine/runtime/test_engine.py"
+SCHEDULER, PREFIXES = "engine/runtime/test_scheduler.py", "engine/runtime/test_prefix_reuse.py"
+MEMORY = "engine/runtime/test_memory.py"
+ADMISSION, ADMITTED = "server/test_admission.py", "end_to_end/test_admission_over_http.py"
 TURNS, PROCESSOR = "engine/text/test_messages.py", "engine/text/test_request_processor.py"
 AGENTS, CUTS = "server/wire/test_agents.py", "server/wire/test_cuts.py"
 CONSTRAINTS, SAMPLING = "end_to_end/test_constraints_over_http.py", "end_to_end/test_sampling_over_http.py"
@@ -249,9 +252,22 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "422 model_does_not_fit": [(APP, "test_a_load_that_failed_is_told")],
     "422 template_render_failed": [(CHAT, "test_error_before_the_first_token_has_its_status")],
     "401 invalid_api_key": [(APP, "test_api_key"), (ROUTES_FILE, "test_a_file_of_keys_and_an_admin_key")],
-    "429 rate_limit_exceeded with Retry-After; never 402": [
+    "429 rate_limit_exceeded with Retry-After: queue full, waited too long": [
         (CHAT, "test_error_before_the_first_token_has_its_status"),
+        (ADMISSION, "test_a_full_queue_is_told_in_the_wires_own_form"),
+        (ADMISSION, "test_retry_after_is_the_queue_at_the_measured_rates"),
+        (ADMITTED, "test_who_gets_no_seat_in_time_is_told_when_to_come_back"),
+    ],
+    "429 rate_limit_exceeded with Retry-After: rate window, one key's share": [
+        (ADMISSION, "test_a_key_that_asks_too_fast"),
+        (ADMISSION, "test_a_key_has_its_share_of_the_places"),
+    ],
+    "429 insufficient_quota; never 402": [
+        (ADMISSION, "test_a_key_whose_tokens_are_used_up"),
         ("server/test_openapi.py", "test_nothing_is_answered_with_402"),
+    ],
+    "Silence while a request waits for its turn": [
+        (ADMITTED, "test_who_waits_for_a_seat_gets_keep_alives_and_then_its_answer")
     ],
     "503 service_unavailable with Retry-After: loading, draining": [
         (APP, "test_while_loading"),
@@ -263,6 +279,34 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         ("server/lifecycle/test_model_life.py", "test_what_dies_is_loaded_again"),
     ],
     "A request for a model that is loading waits, with keep-alives": [(APP, "test_a_request_waits_for_the_load")],
+    # -- Hazards of memory and of many clients
+    "Hazard 11: bytes are accounted for and reserved before loading": [
+        (MEMORY, "test_states_are_reserved_for_every_seat"),
+        (MEMORY, "test_weights_that_do_not_fit_say_by_how_much"),
+        (SCHEDULER, "test_every_request_ends_and_no_page_or_slot_is_lost"),
+    ],
+    "Hazard 12: admitted by pages, not by count": [
+        (SCHEDULER, "test_a_request_that_waits_for_pages_lets_three_pass_and_then_holds_back_the_others"),
+        (ADMISSION, "test_a_model_holds_as_many_answers_as_it_has_seats_and_the_queue_more"),
+        (ADMITTED, "test_a_prompt_that_can_never_fit_is_refused_at_once"),
+    ],
+    "Hazard 13: the reservation before the seat": [
+        (SCHEDULER, "test_a_stream_of_urgent_requests_starves_nobody"),
+        (SCHEDULER, "test_every_request_ends_and_no_page_or_slot_is_lost"),
+    ],
+    "Hazard 14: cached pages are free space": [(PREFIXES, "test_cached_pages_are_free_space_for_whoever_comes")],
+    "Hazard 19: a client that leaves frees its place, pages and slot in every phase": [
+        (SCHEDULER, "test_an_aborted_sequence_is_gone_before_the_next_step"),
+        (PREFIXES, "test_abort_in_every_phase_leaves_nothing_held"),
+        (ADMISSION, "test_a_client_that_leaves_frees_its_place"),
+        (ADMITTED, "test_who_leaves_the_queue_is_gone_from_the_engine"),
+    ],
+    "Hazard 24: a saturated engine still answers its health check": [
+        (ADMITTED, "test_a_saturated_engine_still_answers_its_health_check")
+    ],
+    "Hazard 27: one failed sample fails one request": [
+        (ENGINE, "test_one_failed_sample_fails_one_request_and_never_the_batch")
+    ],
     # -- Around them
     "Keys: none, one, a file of keys, an admin key": [
         ("server/test_server_config.py", "test_keys_from_files"),

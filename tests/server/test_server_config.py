@@ -8,7 +8,7 @@ import pytest
 
 from helexa_engine.config import resolve
 from helexa_engine.errors import InvalidRequest
-from helexa_server.config import Keys, ServerConfig
+from helexa_server.config import KeyLimits, Keys, ServerConfig
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +56,33 @@ def test_keys_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "sesame" not in repr(Keys(("sesame",)))
 
 
+def test_limits_behind_a_key(tmp_path: Path) -> None:
+    text = "sesame requests_per_minute=60 tokens_per_minute=9000\npoppy\nbatch  token_budget=5 priority=-2\n"
+    keys = ServerConfig(api_key_file=key_file(tmp_path / "keys", text)).keys()
+    assert keys.clients == ("sesame", "poppy", "batch")
+    assert keys.limits == {
+        "sesame": KeyLimits(requests_per_minute=60, tokens_per_minute=9000),
+        "batch": KeyLimits(token_budget=5, priority=-2),
+    }
+    with pytest.raises(InvalidRequest, match="no limits"):
+        ServerConfig(admin_key_file=key_file(tmp_path / "admin", "open token_budget=5")).keys()
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "message"),
-    [("sesame", 0o644, "chmod 600"), ("# none\n", 0o600, "one a line"), ("two words", 0o600, "one a line")],
+    [
+        ("sesame", 0o644, "chmod 600"),
+        ("# none\n", 0o600, "one a line"),
+        ("two words", 0o600, "keys:1: expected one key a line"),
+        ("a\nb token_budget=many", 0o600, "keys:2: expected a whole number behind token_budget="),
+        ("a token_budget=0", 0o600, "token_budget of at least 1"),
+        ("a priority=1 priority=2", 0o600, "each once"),
+        ("k\u00e4y", 0o600, "printable ASCII"),
+    ],
 )
 def test_bad_key_files(tmp_path: Path, text: str, mode: int, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        ServerConfig(api_key_file=key_file(tmp_path / "key", text, mode)).keys()
+        ServerConfig(api_key_file=key_file(tmp_path / "keys", text, mode)).keys()
 
 
 def test_missing_key_file(tmp_path: Path) -> None:

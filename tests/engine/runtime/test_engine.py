@@ -175,6 +175,7 @@ def test_abort_of_one_answer_leaves_the_others() -> None:
 
 
 def test_one_failed_sample_fails_one_request_and_never_the_batch() -> None:
+    """Hazard 27."""
     model = ToyModel(poisoned_token_id=77)
     good = request("good", [1, 2, 3])
     alone = tokens(toy_engine(model), good)

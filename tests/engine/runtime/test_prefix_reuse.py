@@ -294,6 +294,7 @@ def test_what_a_hybrid_generated_is_not_resumed_from_a_prompt_that_says_the_same
 @both_kinds
 @pytest.mark.parametrize("steps", range(7))
 def test_abort_in_every_phase_leaves_nothing_held(states: bool, steps: int) -> None:
+    """Hazard 19: waiting, waiting for the answer beside it, in the prompt, in the answer."""
     engine = make_engine(states, max_num_seqs=3, num_snapshots=2)
     run(engine, request("before", tokens(40)))
     engine.add_request(request("a", tokens(40) + tokens(60, 1), n=3, max_tokens=50))
@@ -309,6 +310,7 @@ def test_abort_in_every_phase_leaves_nothing_held(states: bool, steps: int) -> N
 
 
 def test_cached_pages_are_free_space_for_whoever_comes() -> None:
+    """Hazard 14."""
     engine = make_engine(False, num_pages=16)
     run(engine, request("a", tokens(100), max_tokens=1))
     stats = engine.stats()
