@@ -21,6 +21,7 @@
 #include "probes.h"
 #include "quant_matmul.h"
 #include "quantize.h"
+#include "thread_count.h"
 #include "thread_pool.h"
 #include "weight_memory.h"
 #ifdef HELEXA_CUDA
@@ -101,6 +102,10 @@ PYBIND11_MODULE(_native, module) {
 
   module.def("num_threads", &num_threads, "Threads that a kernel uses, the calling one among them.");
   module.def("set_num_threads", &set_num_threads, py::arg("n"), "0 restores the default: the physical cores allowed.");
+  module.def("pin_threads", &pin_threads, py::arg("pinned"), "Whether each worker stays on a core of its own.");
+  module.def(
+      "threads_for", &threads_for, py::arg("root"), py::arg("allowed"),
+      "The default number of threads where `root` holds /sys and /proc and the processors `allowed` may be used.");
 
   module.def("cpu_isa", [] { return name(cpu_isa()); }, "The instruction-set level in use.");
   module.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),

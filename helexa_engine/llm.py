@@ -78,6 +78,7 @@ class LLM:
         seed: int | None = None,
         mmap_experts: bool = False,
         num_threads: int | None = None,
+        pin_threads: bool = False,
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:

@@ -7,16 +7,14 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <fstream>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <set>
-#include <string>
 #include <thread>
 #include <vector>
 
 #include "check.h"
+#include "thread_count.h"
 
 namespace helexa {
 namespace {
@@ -45,35 +43,27 @@ bool spin_until(Done done) {
   return false;
 }
 
-int default_num_threads() {
-  int cores = 0;
+// Keeps the workers, which are threads 1, 2, ..., on a physical core each. The first core is the caller's, which goes
+// where the system likes.
+void keep_on_cores([[maybe_unused]] std::vector<std::thread>& workers) {
 #if defined(__linux__)
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
-    std::set<std::string> siblings;  // the same text for all hardware threads of a core
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-      if (!CPU_ISSET(cpu, &allowed)) continue;
-      std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-      std::string list;
-      siblings.insert(file >> list ? list : std::to_string(cpu));
-    }
-    cores = static_cast<int>(siblings.size());
+  const std::vector<int> cores = physical_cores("", allowed_processors());
+  for (size_t i = 0; i < workers.size() && !cores.empty(); ++i) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cores[(i + 1) % cores.size()], &set);
+    (void)pthread_setaffinity_np(workers[i].native_handle(), sizeof set, &set);  // a refusal costs speed only
   }
-  std::ifstream quota_file("/sys/fs/cgroup/cpu.max");
-  double quota = 0, period = 0;
-  if (quota_file >> quota >> period && period > 0) cores = std::min(cores, std::max(1, int(quota / period + 0.5)));
 #endif
-  if (cores == 0) cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::max(1, cores);
 }
 
 thread_local int current_thread = -1;  // -1 outside of parallel_for
 
 class Pool {
  public:
-  explicit Pool(int threads) : threads_(threads), slices_(size_t(threads)) {
+  Pool(int threads, bool pinned) : threads_(threads), pinned_(pinned), slices_(size_t(threads)) {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    if (pinned) keep_on_cores(workers_);
   }
 
   ~Pool() {
@@ -87,6 +77,7 @@ class Pool {
   }
 
   int threads() const { return threads_; }
+  bool pinned() const { return pinned_; }
 
   void run(int64_t n, int64_t grain, detail::RangeFunction function, void* body) {
     function_ = function, body_ = body, end_ = n;
@@ -166,6 +157,7 @@ class Pool {
   }
 
   const int threads_;
+  const bool pinned_;
   // The phase, written by the caller while it is closed.
   detail::RangeFunction function_ = nullptr;
   void* body_ = nullptr;
@@ -183,6 +175,7 @@ class Pool {
 std::mutex pool_mutex;       // held for a whole phase: callers take turns
 std::unique_ptr<Pool> pool;  // made at first use
 std::atomic<int> wanted_threads{0};
+std::atomic<bool> wanted_pinned{false};
 
 // Threads do not survive fork(): the child forgets the pool (its memory is lost, once) and makes a new one when needed.
 void forget_pool_in_child() {
@@ -194,7 +187,7 @@ void forget_pool_in_child() {
 }  // namespace
 
 int num_threads() {
-  static const int default_threads = default_num_threads();
+  static const int default_threads = threads_for("", allowed_processors());
   const int wanted = wanted_threads.load();
   return wanted ? wanted : default_threads;
 }
@@ -203,6 +196,8 @@ void set_num_threads(int n) {
   check(n >= 0 && n <= 1024, "set_num_threads", "n", "0 (default) or 1 to 1024", n);
   wanted_threads.store(n);
 }
+
+void pin_threads(bool pinned) { wanted_pinned.store(pinned); }
 
 void detail::parallel_for(int64_t n, int64_t grain, RangeFunction function, void* body) {
   if (n <= 0) return;
@@ -218,9 +213,10 @@ void detail::parallel_for(int64_t n, int64_t grain, RangeFunction function, void
     current_thread = -1;
     return;
   }
-  if (!pool || pool->threads() != threads) {
+  const bool pinned = wanted_pinned.load();
+  if (!pool || pool->threads() != threads || pool->pinned() != pinned) {
     pool.reset();
-    pool = std::make_unique<Pool>(threads);
+    pool = std::make_unique<Pool>(threads, pinned);
   }
   pool->run(n, grain, function, body);
 }

@@ -11,6 +11,9 @@ namespace helexa {
 int num_threads();
 // Takes effect at the next parallel_for. Throws std::invalid_argument unless 1 <= n <= 1024; 0 restores the default.
 void set_num_threads(int n);
+// Whether each worker stays on a physical core of its own, of those its creator may use; from the next parallel_for on.
+// Off by default: it spares moves between cores, but a pinned thread cannot leave a core that another process takes.
+void pin_threads(bool pinned);
 
 namespace detail {
 using RangeFunction = void (*)(void* body, int64_t begin, int64_t end, int thread);

@@ -101,8 +101,10 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
 
 def load_engine(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
     """Loads a model. Blocks; see :class:`helexa_engine.LLM` for arguments and errors."""
-    if config.num_threads is not None and (core := native_core()) is not None:
-        core.set_num_threads(config.num_threads)
+    if (core := native_core()) is not None:
+        core.pin_threads(config.pin_threads)
+        if config.num_threads is not None:
+            core.set_num_threads(config.num_threads)
     report = progress or (lambda stage, fraction: None)
     prefix_limit = saved_prefixes.limit_bytes(config.prefix_cache_limit)
     path = locate_model(model, offline=config.offline, progress=progress)
