@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "argmax.h"
 #include "causal_conv1d.h"
 #include "check.h"
 #include "cpu_features.h"
@@ -226,6 +227,14 @@ PYBIND11_MODULE(_native, module) {
         Recording::launch([matrix = &matrix, i, n, o] { quant_embedding(*matrix, i, n, o); });
       },
       "Rows ids [n] int64 of the matrix as float32 [n, cols].");
+  module.def(
+      "argmax",
+      [](uintptr_t values, int64_t rows, int64_t cols, uintptr_t out) {
+        const auto* v = rows ? pointer<const float>(values, "argmax", "values") : nullptr;
+        auto* o = rows ? pointer<int64_t>(out, "argmax", "out") : nullptr;
+        Recording::launch([=] { argmax(v, rows, cols, o); });
+      },
+      "The first place of the largest value of each row of values [rows, cols], or of its first NaN, as int64 [rows].");
   module.def(
       "dequantize",
       [](int quant_type, uintptr_t source, int64_t n, uintptr_t out) {

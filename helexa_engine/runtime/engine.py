@@ -194,9 +194,10 @@ class Engine:
                     outputs.append(self._fail(answer, error))
         if sampling:
             logits = self.runner.logits(hidden, [row for _, row in sampling])
-            for (answer, _), row in zip(sampling, logits, strict=True):
+            largest: list[int] | list[None] = self.runner.largest or [None] * len(sampling)
+            for (answer, _), row, best in zip(sampling, logits, largest, strict=True):
                 if answer.sequence in self._answers:  # its request may have failed just now
-                    outputs.append(self._sample(answer, row))
+                    outputs.append(self._sample(answer, row, best))
         num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
         self.scheduler.pace.observe(first - num_decodes, num_decodes, self._clock() - started)
         self._steps += 1
@@ -248,10 +249,10 @@ class Engine:
             self.saved = None
         del self.runner
 
-    def _sample(self, answer: _Answer, logits: Logits) -> StepOutput:
+    def _sample(self, answer: _Answer, logits: Logits, largest: int | None) -> StepOutput:
         sequence, params = answer.sequence, answer.request.params
         try:
-            token_id, logprobs = answer.sampler.sample(logits)
+            token_id, logprobs = answer.sampler.sample(logits, largest)
         except Exception as error:  # a grammar may raise anything; the others in the batch are not to blame
             return self._fail(answer, error)
         self.scheduler.keep(sequence)  # its logits are finite

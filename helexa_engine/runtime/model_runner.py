@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 
 from ..batch import Batch
 from ..cache.spec import StateCache
+from ..ops.argmax import argmax
 from ..ops.registry import native_core
 from .memory import MOST_RECORDED
 from .recorded_step import RecordedStep
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from ..cache.spec import LayerCache
 
 logger = logging.getLogger(__name__)
+
+
+#: Hidden states, logits, and the places of the largest logits.
+_Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Model(Protocol):
@@ -44,6 +49,10 @@ class ModelRunner:
         page_size: tokens a page holds.
         max_num_seqs, max_num_batched_tokens: limits of a step.
         max_pages_per_seq: pages of the longest sequence.
+
+    Attributes:
+        largest: of each row of logits that :meth:`logits` gave last, the id of the largest, the lowest among equals; None where
+            the step did not compute it.
     """
 
     def __init__(
@@ -70,7 +79,8 @@ class ModelRunner:
         self._steps: dict[int, RecordedStep] = {}
         self._records = native_core() is not None
         self._has_run = False  # a model's first step may prepare things
-        self._ready: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and logits of a recorded step
+        self._ready: _Results | None = None  # of a recorded step
+        self.largest: list[int] | None = None
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order; valid until the next call.
@@ -120,27 +130,31 @@ class ModelRunner:
 
     def logits(self, hidden: torch.Tensor, rows: Sequence[int]) -> Logits:
         """Logits [len(rows), vocab_size] of some rows of the hidden states; valid until the next call."""
+        self.largest = None
         if self._ready is not None and hidden is self._ready[0]:
-            logits = self._ready[1]
+            _, logits, largest = self._ready
             self._ready = None  # a sampler may write into them
             if len(rows) == logits.shape[0]:
+                self.largest = largest.tolist()
                 return logits.numpy()
         with torch.inference_mode():
             if len(rows) != hidden.shape[0]:
                 hidden = hidden[torch.tensor(rows)]
             return self.model.logits(hidden).numpy()
 
-    def _recorded(self, num_sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits of a step of one token each."""
+    def _recorded(self, num_sequences: int) -> _Results:
+        """Of a step of one token each."""
         step = self._steps.get(num_sequences)
         if step is not None:
-            hidden, logits = step.replay()
-            return hidden, logits
+            return cast(_Results, step.replay())
         batch = self._batch(num_sequences, num_sequences)
 
-        def function() -> tuple[torch.Tensor, torch.Tensor]:
+        kernels = argmax.choose("cpu")
+
+        def function() -> _Results:
             hidden = self.model.forward(batch)
-            return hidden, self.model.logits(hidden)
+            logits = self.model.logits(hidden)
+            return hidden, logits, kernels.argmax(logits)
 
         with torch.inference_mode():
             step = RecordedStep(function)
@@ -149,8 +163,7 @@ class ModelRunner:
         else:
             self._records = False
             logger.debug("decode steps are not replayed: torch computes %s", ", ".join(sorted(step.computed_outside)))
-        hidden, logits = step.result
-        return hidden, logits
+        return cast(_Results, step.result)
 
     def _fill(self, chunks: Sequence[Chunk]) -> int:
         """Writes the input buffers and returns the number of tokens."""

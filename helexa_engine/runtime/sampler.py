@@ -140,18 +140,20 @@ class Sampler:
         """Whether a grammar lets nothing but an end-of-turn token follow."""
         return self.grammar is not None and self.grammar.is_finished()
 
-    def sample(self, logits: Logits) -> tuple[int, Logprobs | None]:
+    def sample(self, logits: Logits, largest: int | None = None) -> tuple[int, Logprobs | None]:
         """The next token, and its log probabilities if they were asked for.
 
         Args:
             logits: [V] float32; overwritten.
+            largest: ``logits.argmax()`` if that is known.
 
         Raises:
             SamplingFailed: NaN or +inf among the logits, or nothing left to choose from.
         """
         raw = log_probabilities(logits) if self.params.logprobs is not None else None
-        self._adjust(logits)
-        best = int(logits.argmax())  # a NaN counts as the largest
+        if self._adjust(logits) or largest is None:
+            largest = int(logits.argmax())  # a NaN counts as the largest
+        best = largest
         if not math.isfinite(logits[best]):
             raise SamplingFailed(_why(float(logits[best])))
         token_id = best if self._temperature == 0.0 else self._draw(logits)
@@ -163,20 +165,28 @@ class Sampler:
         self.num_generated += 1
         return token_id, None if raw is None else logprobs_of(raw, token_id, cast(int, self.params.logprobs))
 
-    def _adjust(self, logits: Logits) -> None:
+    def _adjust(self, logits: Logits) -> bool:
+        """Steps 1 to 4, in place; whether there was anything to do."""
+        adjusted = False
         if self._bias_ids.size:
             logits[self._bias_ids] += self._bias
+            adjusted = True
         if self._seen is not None:
             ids, _ = self._seen.view()
             seen = logits[ids]
             logits[ids] = np.where(seen > 0, seen / np.float32(self._repetition), seen * np.float32(self._repetition))
+            adjusted = True
         if self._output is not None:
             ids, counts = self._output.view()
             logits[ids] -= counts * np.float32(self._frequency) + np.float32(self._presence)
+            adjusted = True
         if self.num_generated < self.params.min_tokens and not self.grammar_is_finished:
             logits[self._end_ids] = -np.inf
+            adjusted = True
         if self.grammar is not None:
             self.grammar.apply(logits)
+            adjusted = True
+        return adjusted
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = candidates(

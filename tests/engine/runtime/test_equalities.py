@@ -126,6 +126,28 @@ def test_replayed_decode_step_equals_the_same_through_python(llm: LLM, monkeypat
             assert_same(got, expected)
 
 
+@pytest.mark.skipif(not NATIVE, reason="the native core is not built")
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_replayed_step_tells_the_places_of_the_largest_logits(llm: LLM, count: int) -> None:
+    runner, told = llm._loaded.thread._engine.runner, 0
+    compute = runner.logits
+
+    def check(*arguments: Any) -> Any:
+        nonlocal told
+        logits = compute(*arguments)
+        if runner.largest is not None:
+            told += 1
+            assert runner.largest == logits.argmax(axis=1).tolist()
+        return logits
+
+    runner.logits = check  # type: ignore[method-assign]
+    try:
+        llm.generate([prompt(40 + i) for i in range(count)], params(max_tokens=6, temperature=0.0))
+    finally:
+        del runner.logits  # type: ignore[method-assign]
+    assert told == 5  # all but the step of the prompts
+
+
 def test_preempted_equals_undisturbed(llm: LLM, model: Path, kv_dtype: Any) -> None:
     prompts, settings = [prompt(60 + i) for i in range(3)], params(max_tokens=80)
     with LLM(model, kv_dtype=kv_dtype, max_model_len=192, max_num_seqs=3) as tight:
@@ -186,9 +208,9 @@ def logits_by_request(llm: LLM) -> Iterator[dict[str, list[torch.Tensor]]]:
     engine, rows = llm._loaded.thread._engine, dict[str, list[torch.Tensor]]()
     sample = engine._sample
 
-    def record(answer: Any, logits: Any) -> Any:
+    def record(answer: Any, logits: Any, largest: Any) -> Any:
         rows.setdefault(answer.sequence.request_id, []).append(torch.from_numpy(logits.copy()))
-        return sample(answer, logits)
+        return sample(answer, logits, largest)
 
     engine._sample = record  # type: ignore[method-assign]
     try:

@@ -197,6 +197,34 @@ def test_log_probabilities_survive_large_logits() -> None:
     assert values[0] == pytest.approx(-math.log1p(math.exp(-1)), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_k": 7},
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 0.0, "logit_bias": {3: 100.0}},
+        {"temperature": 0.0, "repetition_penalty": 1.9},
+        {"temperature": 0.0, "frequency_penalty": 1.5},
+        {"temperature": 0.0, "min_tokens": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_the_place_of_the_largest_logit_changes_nothing(fields: dict[str, Any], bad: float | None) -> None:
+    logits = np.random.default_rng(5).integers(-9, 9, 300).astype(np.float32)  # many equals
+    if bad is not None:
+        logits[[70, 200]] = bad
+    end = (int(logits.argmax()),)  # masked by min_tokens
+    told, untold = (make(prompt=(1, 2, 70), end=end, **fields) for _ in range(2))
+    for _ in range(6):
+        if bad is None:
+            assert told.sample(logits.copy(), int(logits.argmax())) == untold.sample(logits.copy())
+        else:
+            with pytest.raises(SamplingFailed, match="not finite"):
+                told.sample(logits.copy(), int(logits.argmax()))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"top_k": 5}, {"logprobs": 1}], ids=str)
 def test_logits_that_are_not_finite_are_an_error(bad: float, fields: dict[str, Any]) -> None:
