@@ -96,7 +96,7 @@ class EngineConfig:
         None, "threads of the native core; default: the physical cores this process may use", low=1, high=1024
     )
     pin_threads: bool = knob(
-        False, "keep each of them on a core of its own; not where other processes may take that core"
+        False, "keep each of them on a core of its own; not where other processes may take that core", flag=False
     )
     offline: bool = knob(False, "never reach the hub: a model must be on disk; HF_HUB_OFFLINE does the same")
 

@@ -207,7 +207,7 @@ def test_the_server_takes_an_id_and_says_how_far_the_download_is(server: HubServ
 
     async def load() -> str:
         engine = await load_engine(
-            "org/m-GGUF:Q8_0", EngineConfig(max_model_len=128), lambda stage, share: stages.append(stage)
+            "org/m-GGUF:Q8_0", EngineConfig(max_model_len=128), 60.0, lambda stage, share: stages.append(stage)
         )
         name: str = engine.model_info.name
         await engine.aclose()

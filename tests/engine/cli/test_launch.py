@@ -37,7 +37,7 @@ SERVER = """
     from helexa_server import app
     from helexa_server.config import ServerConfig
 
-    async def load_engine(model, config, progress):
+    async def load_engine(model, config, watchdog_seconds, progress):
         if model == "broken":
             raise HelexaError("it was a bad day")
         return FakeEngine(scripted_answer("hello"))
