@@ -94,7 +94,9 @@ class ServerConfig:
         low=0.1,
     )
     recovery_limit: int = knob(5, "times in a row that a model which dies is loaded again", low=0)
-    recovery_backoff_seconds: float = knob(1.0, "pause before the first of them; each next one doubles it", low=0.0)
+    recovery_backoff_seconds: float = knob(
+        1.0, "pause before the second of them, the first is at once; each next one doubles it", low=0.0
+    )
     log_format: Literal["text", "json"] = knob("text", "how log lines look on stderr")
     shutdown_seconds: float = knob(10.0, "how long running requests may go on after a signal to stop", low=0)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ..config import EngineConfig
-from ..errors import EngineDied
+from ..errors import EngineDied, HelexaError
 from ..events import Event, Failed
 from ..generate_request import GenerateRequest
 from ..text.request_processor import RequestProcessor
@@ -24,11 +24,56 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 
+#: Outputs of one request that wait to be read, counted in tokens and the alternatives reported beside them: some tens of megabytes.
+MAX_UNREAD = 1 << 18
+
+
+class ReaderTooSlow(HelexaError):
+    """The events of an answer were not read while the engine went on with it, so it was ended."""
+
+    code = "reader_too_slow"
+
+
+class _Inbox:
+    """The outputs of one request, from the worker's thread to the reader's event loop. It is bounded: a reader that stays behind by
+    more than ``limit`` gets :class:`ReaderTooSlow` after what waits. The engine itself never waits for a reader."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, abort: Callable[[], None]) -> None:
+        self._loop = loop
+        self._limit = limit
+        self._abort = abort
+        self._queue: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._received = 0  # the worker's thread alone writes this one
+        self._read = 0  # and the event loop's this one
+        self._is_full = False
+
+    def put(self, output: StepOutput) -> None:
+        """On the worker's thread."""
+        if self._is_full:
+            return
+        self._received += _weight(output)
+        if self._received - self._read > self._limit:
+            self._is_full = True
+            error = ReaderTooSlow(f"the answer was not read: more than {self._limit} tokens and alternatives wait")
+            output = StepOutput(output.request_id, error=error)
+            self._abort()
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
+
+    async def get(self) -> StepOutput:
+        output = await self._queue.get()
+        self._read += _weight(output)
+        return output
+
+
+def _weight(output: StepOutput) -> int:
+    return 1 if output.logprobs is None else 1 + len(output.logprobs.top)
+
+
 class AsyncEngine:
     """One loaded model, answering many requests at once.
 
-    Text is this process's work, the model is the worker's: templates, tokens, stop strings and parsers here, ids there. What the worker
-    dies of is a memory error or a crash of one model and ends no one else: :meth:`until_dead` tells, and a new engine is made.
+    Text is this process's work, the model is the worker's: templates, tokens, stop strings and parsers here, ids there. What kills the
+    worker costs this model and nothing else: :meth:`until_dead` tells, and a new engine is made.
 
     The constructor blocks while the model loads; :meth:`load` does not. The iterators may be used from any event loop.
 
@@ -115,25 +160,21 @@ class AsyncEngine:
             HelexaError: the request is refused or fails before its first event, or the engine is dead. What fails later comes as
                 :class:`Failed`.
         """
-        loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
         # Rendering and encoding a long prompt takes milliseconds that other streams would feel.
         asked, events = await asyncio.to_thread(self._prepare, request)
-
-        def receive(output: StepOutput) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, output)
-
-        self._worker.submit(asked, receive)
+        abort = partial(self._worker.abort, request.request_id)
+        inbox = _Inbox(asyncio.get_running_loop(), MAX_UNREAD, abort)
+        self._worker.submit(asked, inbox.put)
         begun = False
         try:
             while not events.finished:
-                for event in events.push(await outputs.get()):
+                for event in events.push(await inbox.get()):
                     if isinstance(event, Failed) and not begun:
                         raise event.error
                     begun = True
                     yield event
         finally:
-            self._worker.abort(request.request_id)
+            abort()
 
     def stop_thinking(self, request_id: str) -> bool:
         """Ends the reasoning of a running request, which goes on with its answer. False for an unknown id."""

@@ -26,8 +26,8 @@ class Routes:
     def open(self, request_id: str, receive: Receive) -> None:
         """Raises :class:`InvalidRequest` for an id that is taken, and what :meth:`fail_all` was told."""
         with self._lock:
-            if self._died is not None:
-                raise self._died
+            if self._died is not None:  # a new one each time: what is raised again and again grows
+                raise EngineDied(self._died.message, **self._died.facts)
             if request_id in self._receivers:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             self._receivers[request_id] = receive

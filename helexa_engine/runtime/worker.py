@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import EngineDied, HelexaError
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+
+#: When memory runs out, the kernel is to take the model and not the server, which can load it again. From -1000 to 1000.
+_OOM_SCORE_ADJUSTMENT = "500"
 
 
 class Channel:
@@ -226,6 +230,8 @@ def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     die_with(parent)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT, encoding="ascii")
     faulthandler.enable()
     code = Worker(Channel(socket.socket(fileno=descriptor))).run()
     # Without the interpreter's farewell: threads of the core and of torch are still about, and the memory goes with the process.

@@ -59,7 +59,7 @@ class Recovery:
 
     Attributes:
         limit: times in a row; then it is given up.
-        backoff_seconds: the pause before the first of them; each next one is twice as long, up to a minute.
+        backoff_seconds: the first is at once; before the second is this pause, and each next one is twice as long, up to a minute.
         healthy_seconds: after so long without a death the count begins anew.
     """
 
@@ -69,15 +69,17 @@ class Recovery:
 
     def pause(self, attempt: int) -> float:
         """Seconds before attempt 1, 2 ..."""
-        return min(self.backoff_seconds * 2.0 ** (attempt - 1), max(self.backoff_seconds, 60.0))
+        if attempt == 1:
+            return 0.0
+        return min(self.backoff_seconds * 2.0 ** (attempt - 2), max(self.backoff_seconds, 60.0))
 
 
 class ModelLife:
     """Holds the engine of one model and loads it again when it dies.
 
     ``unloaded`` > ``loading`` > ``ready`` > (``recovering`` > ``ready``)* > ``failed`` or ``unloaded``. A load that fails at the first
-    try ends in ``failed`` with its own error; once the model was ready, a death or a load that fails is tried again, after a pause that
-    doubles, as often in a row as ``recovery`` says. All but :meth:`report` are for one event loop.
+    try ends in ``failed`` with its own error; once the model was ready, a death or a load that fails is tried again, at once and
+    then after pauses that double, as often in a row as ``recovery`` says. All but :meth:`report` are for one event loop.
 
     Args:
         load: gives a new engine; None for a life that is led from outside, by :meth:`loaded` and :meth:`failed`.

@@ -219,6 +219,7 @@ def test_the_server_never_loads_torch_and_ends_in_good_order() -> None:
     with process("demo") as (server, url):
         assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
         (worker,) = workers_of(server.pid)
+        assert int(Path(f"/proc/{worker}/oom_score_adj").read_text()) == 500, "what the kernel takes first"
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(worker, number)
         assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200

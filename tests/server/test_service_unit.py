@@ -50,3 +50,7 @@ def test_its_command_and_its_environment_are_ours(monkeypatch: pytest.MonkeyPatc
 
 def test_systemd_waits_longer_than_the_server() -> None:
     assert int(values("TimeoutStopSec")[0]) > ServerConfig().shutdown_seconds + 10
+
+
+def test_a_model_that_the_kernel_kills_does_not_end_the_service() -> None:
+    assert values("OOMPolicy") == ["continue"]

@@ -160,26 +160,26 @@ def test_a_healthy_time_resets_the_count() -> None:
 @pytest.mark.parametrize("when", ["loading", "recovering"])
 def test_it_can_be_stopped_at_any_time(when: str) -> None:
     async def work() -> None:
-        loads = Loads()
+        loads = Loads(*([None, RuntimeError("no threads left")] if when == "recovering" else []))
         life = ModelLife(loads, Recovery(backoff_seconds=60.0))
         if when == "recovering":
             await life.start()
             loads.engines[0].die(EngineDied("x"))
-            await until(lambda: life.status == "recovering")
+            await until(lambda: loads.count == 2 and not loads.outcomes)
         else:
             loads.gate.clear()
             starting = asyncio.create_task(life.start())
             await until(lambda: loads.count == 1)
             starting.cancel()
         await life.stop()
-        assert life.status == "unloaded" and loads.count == 1
+        assert life.status == "unloaded" and loads.count == (2 if when == "recovering" else 1)
 
     run(work())
 
 
 def test_pauses_double_up_to_a_minute() -> None:
     recovery = Recovery(backoff_seconds=2.0)
-    assert [recovery.pause(attempt) for attempt in range(1, 8)] == [2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert [recovery.pause(attempt) for attempt in range(1, 9)] == [0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     assert Recovery(backoff_seconds=90.0).pause(3) == 90.0
 
 
