@@ -6,6 +6,7 @@ An architecture's file says what its mixers and feed-forwards are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -104,10 +105,18 @@ class Decoder(ABC):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, hidden_size] float32 before the final norm; what the layers remember is written."""
+        x: torch.Tensor
+        for x in self.stages(batch):  # noqa: B007
+            pass
+        return x
+
+    def stages(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """The embeddings, then the output of each layer, the last of which is what :meth:`forward` returns."""
         x = self.embedding(batch.input_ids)
+        yield x
         for layer in self.layers:
             x = layer(x, batch)
-        return x
+            yield x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [M, vocab_size] float32 of hidden states [M, hidden_size]."""

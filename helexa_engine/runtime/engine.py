@@ -14,7 +14,17 @@ from ..errors import HelexaError, Overloaded
 from .exchange import EngineRequest, EngineStats, StepOutput
 from .memory import LOGITS_ROWS
 from .model_runner import ModelRunner
-from .sampler import DAMAGED, Grammar, Logits, Logprobs, Sampler, SamplingFailed, log_probabilities, logprobs_of
+from .sampler import (
+    DAMAGED,
+    Grammar,
+    Logits,
+    Logprobs,
+    NotFinite,
+    Sampler,
+    SamplingFailed,
+    log_probabilities,
+    logprobs_of,
+)
 from .saved_prefixes import SavedPrefixes
 from .scheduler import Chunk, Scheduler
 from .sequence import Sequence
@@ -171,6 +181,8 @@ class Engine:
         self._step_tokens = sum(chunk.num_tokens for chunk in chunks)
         hidden = self.runner.forward(chunks)
         sampling: list[tuple[_Answer, int]] = []
+        damaged: dict[_Answer, tuple[Chunk, str]] = {}  # what is not finite there
+        chunk_of: dict[_Answer, Chunk] = {}
         first = 0
         for chunk in chunks:
             rows = slice(first, first + chunk.num_tokens)
@@ -179,25 +191,37 @@ class Engine:
             if answer is None:  # its request failed just now
                 continue
             self.scheduler.computed(chunk)
+            chunk_of[answer] = chunk
             if chunk.samples:
                 sampling.append((answer, first - 1))
             elif self.runner.is_finite(hidden, first - 1):
                 self.scheduler.keep(chunk.sequence)
             else:
-                error = SamplingFailed(f"the hidden state of prompt token {chunk.end - 1} is not finite; {DAMAGED}")
-                outputs.append(self._fail(answer, error))
+                damaged[answer] = chunk, f"the hidden state of prompt token {chunk.end - 1} is"
                 continue
             if answer.scores_prompt:
                 try:
                     self._score_prompt(answer, chunk, hidden[rows])
+                except NotFinite as error:
+                    damaged[answer] = chunk, error.what
                 except Exception as error:
                     outputs.append(self._fail(answer, error))
         if sampling:
             logits = self.runner.logits(hidden, [row for _, row in sampling])
             largest: list[int] | list[None] = self.runner.largest or [None] * len(sampling)
             for (answer, _), row, best in zip(sampling, logits, largest, strict=True):
-                if answer.sequence in self._answers:  # its request may have failed just now
-                    outputs.append(self._sample(answer, row, best))
+                if answer.sequence in self._answers and answer not in damaged:  # its request may have failed just now
+                    try:
+                        outputs.append(self._sample(answer, row, best))
+                    except NotFinite as error:
+                        damaged[answer] = chunk_of[answer], error.what
+        # Last, for what is computed again writes over this step's rows.
+        for answer, (chunk, what) in damaged.items():
+            if answer.sequence in self._answers:
+                place = self.runner.first_not_finite(chunk)
+                request_id = answer.request.request_id
+                more = f"first in the output of {place}, for request {request_id}; {DAMAGED}"
+                outputs.append(self._fail(answer, NotFinite(what, more)))
         num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
         self.scheduler.pace.observe(first - num_decodes, num_decodes, self._clock() - started)
         self._steps += 1
@@ -250,9 +274,12 @@ class Engine:
         del self.runner
 
     def _sample(self, answer: _Answer, logits: Logits, largest: int | None) -> StepOutput:
+        """Raises :class:`NotFinite`; everything else that goes wrong is in what it returns."""
         sequence, params = answer.sequence, answer.request.params
         try:
             token_id, logprobs = answer.sampler.sample(logits, largest)
+        except NotFinite:
+            raise
         except Exception as error:  # a grammar may raise anything; the others in the batch are not to blame
             return self._fail(answer, error)
         self.scheduler.keep(sequence)  # its logits are finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
@@ -35,6 +35,9 @@ class Model(Protocol):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Hidden states [T, hidden_size] float32 after the last layer; writes keys, values and states of the new tokens."""
+
+    def stages(self, batch: Batch) -> Iterator[torch.Tensor]:
+        """What :meth:`forward` computes on its way: the embeddings, then the output of each layer; each is valid until the next."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [M, vocab_size] float32 of hidden states [M, hidden_size]."""
@@ -101,6 +104,16 @@ class ModelRunner:
         """Whether one row of the hidden states has neither NaN nor infinity. What a layer keeps of a token reaches its own row, and
         all later ones, so a sound row means that the pages and states up to it are sound."""
         return bool(hidden[row].isfinite().all())
+
+    def first_not_finite(self, chunk: Chunk) -> str:
+        """Which part of the model gives something that is not finite, found by computing the chunk again: ``layer 7``. For a sequence
+        that is about to fail: its states move on once more, its pages get what is in them."""
+        batch = self._batch(1, self._fill([chunk]))
+        with torch.inference_mode():
+            for i, hidden in enumerate(self.model.stages(batch)):
+                if not hidden.isfinite().all():
+                    return f"layer {i - 1}" if i else "the embedding"
+        return "the output head"
 
     def page_memory(self) -> list[npt.NDArray[np.uint8]]:
         """The KV pages as they lie in memory, to be read or written in place: for each tensor of each layer [num_pages, bytes]."""

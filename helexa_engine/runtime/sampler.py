@@ -50,6 +50,14 @@ class SamplingFailed(HelexaError):
     code = "sampling_failed"
 
 
+class NotFinite(SamplingFailed):
+    """What the model computed for one request is not finite. ``what`` names it, as in "the logits (nan) are"."""
+
+    def __init__(self, what: str, more: str = DAMAGED) -> None:
+        super().__init__(f"{what} not finite, {more}")
+        self.what = what
+
+
 class Grammar(Protocol):
     """What the sampler needs of a structured-output constraint."""
 
@@ -155,7 +163,7 @@ class Sampler:
             largest = int(logits.argmax())  # a NaN counts as the largest
         best = largest
         if not math.isfinite(logits[best]):
-            raise SamplingFailed(_why(float(logits[best])))
+            raise _failure(float(logits[best]))
         token_id = best if self._temperature == 0.0 else self._draw(logits)
         if self.grammar is not None:
             self.grammar.accept(token_id)
@@ -271,7 +279,7 @@ def log_probabilities(logits: Logits) -> Logits:
     """Log-softmax of one row [V], float32, summed in float64; a new array. Raises :class:`SamplingFailed` on NaN and inf."""
     peak = float(logits.max())
     if not math.isfinite(peak):
-        raise SamplingFailed(_why(peak))
+        raise _failure(peak)
     shifted = logits - np.float32(peak)
     shifted -= np.float32(math.log(float(np.exp(shifted).sum(dtype=np.float64))))
     return shifted
@@ -299,7 +307,10 @@ def _set(value: float | None) -> float:
     return value
 
 
-def _why(peak: float) -> str:
+def _failure(peak: float) -> SamplingFailed:
+    """For a row whose largest logit is ``peak``, which is not finite."""
     if peak == -math.inf:
-        return "no token is allowed: the grammar, logit_bias and min_tokens together leave nothing to choose from"
-    return f"the model produced logits that are not finite ({peak}); {DAMAGED}"
+        return SamplingFailed(
+            "no token is allowed: the grammar, logit_bias and min_tokens together leave nothing to choose from"
+        )
+    return NotFinite(f"the logits ({peak}) are")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..batch import Batch
@@ -71,6 +73,10 @@ class ToyModel:
                 hidden[row] = (decay[:, None] * pages[slots]).sum(0)
         hidden[batch.input_ids == self.poisoned_token_id] = float("nan")
         return hidden
+
+    def stages(self, batch: Batch) -> Iterator[torch.Tensor]:
+        yield self.embedding[batch.input_ids]
+        yield self.forward(batch)
 
     def _add_states(self, values: torch.Tensor, batch: Batch, i: int) -> None:
         """To the values of sequence ``i``, each row before what is kept of it: as in a hybrid, pages depend on the states."""

@@ -27,7 +27,9 @@ from helexa_engine.errors import (
     UnsupportedCheckpoint,
 )
 from helexa_engine.events import ContentDelta, Finished, PromptProcessed, collect
+from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.runtime import load
+from helexa_engine.runtime.sampler import SamplingFailed
 from helexa_engine.testing.checkpoints import write_qwen3_folder
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -357,6 +359,18 @@ def test_close_is_final_and_may_be_repeated(folder: Path) -> None:
         list(events)
     with pytest.raises(EngineDied):
         model.generate("a")
+
+
+@pytest.mark.parametrize("num_tokens", [3, 300])
+def test_what_is_not_finite_is_told_with_its_request_and_its_layer(folder: Path, num_tokens: int) -> None:
+    """In a prompt of one chunk and of several."""
+    with LLM(folder, max_model_len=512, max_num_batched_tokens=128) as llm:
+        layers = llm._loaded.thread._engine.runner.model.layers  # type: ignore[attr-defined]
+        layers[1] = lambda x, batch: x * math.nan
+        request = GenerateRequest(prompt=[5] * num_tokens, sampling_params=GREEDY, request_id="mine")
+        with pytest.raises(SamplingFailed, match="not finite, first in the output of layer 1, for request mine"):
+            list(llm.stream_request(request))
+        assert llm.stats().kv_pages_used == 0
 
 
 def test_text_of_deltas_is_the_text(llm: LLM) -> None:

@@ -20,7 +20,7 @@ from helexa_engine.errors import (
 from helexa_engine.events import Timings
 from helexa_engine.runtime.exchange import EngineRequest, EngineStats, StepOutput
 from helexa_engine.runtime.model_info import ModelInfo
-from helexa_engine.runtime.sampler import Logprobs, SamplingFailed
+from helexa_engine.runtime.sampler import Logprobs, NotFinite, SamplingFailed
 from helexa_engine.runtime.worker_messages import (
     Abort,
     Close,
@@ -104,7 +104,8 @@ def test_messages_arrive_as_they_were(message: ToWorker | FromWorker) -> None:
         UnsupportedCheckpoint("bad", "file: place"),
         Overloaded("full", 2.5),
         EngineDied("gone", signal="SIGKILL"),
-        SamplingFailed("not finite"),
+        SamplingFailed("no token is allowed"),
+        NotFinite("the logits (nan) are"),
         GrammarFailed("stuck"),
     ],
     ids=lambda error: type(error).__name__,
