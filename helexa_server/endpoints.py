@@ -349,10 +349,13 @@ async def ready(request: Request) -> Response:
     """Every model can serve."""
     waiting = [model for model in request.app.state.models if model.engine is None]
     if waiting:
-        stages = (f"{model.id} ({model.life.progress[0]}, {model.life.progress[1]:.0%})" for model in waiting)
+        stages = (
+            f"{model.id} ({model.life.status}: {model.life.progress[0]}, {model.life.progress[1]:.0%})"
+            for model in waiting
+        )
         # Returned, not raised: a supervisor that polls is no rejected request to log.
         retry_after = max(model.life.retry_after_seconds for model in waiting)
-        error = ServiceUnavailable(f"still loading: {', '.join(stages)}", retry_after)
+        error = ServiceUnavailable(f"not ready: {', '.join(stages)}", retry_after)
         return error_response(error, request.scope)
     return json_response({"status": "ready"})
 

@@ -96,7 +96,9 @@ def _row(model: ServedModel) -> str:
     name = f"<th scope='row'>{escape(model.id)}"
     if model.engine is None:
         stage, fraction = model.life.progress
-        return f"<tr>{name}<td>{escape(stage)}, {fraction:.0%}<td><td><td><td><td><td></tr>"
+        goes_on = model.life.status in ("loading", "recovering")
+        state = f"{stage}, {fraction:.0%}" if goes_on else model.life.status
+        return f"<tr>{name}<td>{escape(state)}<td><td><td><td><td><td></tr>"
     stats, info = model.engine.stats(), model.engine.model_info
     cells: list[Any] = [
         "ready",
