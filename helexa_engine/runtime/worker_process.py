@@ -49,7 +49,7 @@ _LAST_LINES = 20
 #: A step of more tokens than this is allowed more time, in proportion.
 _WATCHED_TOKENS = 64
 
-#: Stages of a load (reading, reserving, quantising a tensor) go without a sign of progress for longer than steps do.
+#: Stages of a load (bringing torch from a cold disk, reading, reserving, quantising a tensor) take longer than steps do.
 _LOAD_PATIENCE = 5
 
 #: A worker that has closed its connection is given this long to end by itself.
@@ -64,8 +64,8 @@ class WorkerProcess:
 
     Args:
         progress: called on that thread with (stage, share done).
-        watchdog_seconds: how long a step of up to 64 tokens may take, and longer ones in proportion; a load may go without a sign of
-            progress for five times as long, and the process without a sign of life for this long. It is killed after that.
+        watchdog_seconds: how long a step of up to 64 tokens may take, and longer ones in proportion, and how long the process may give
+            no sign of life; a load may go without that or without progress for five times as long. It is killed after that.
 
     Attributes:
         located: where the model is on disk.
@@ -350,9 +350,12 @@ class _Watchdog:
         """What is wrong after ``seconds`` more, if anything is."""
         self._silent += seconds
         self._stuck = self._stuck + seconds if self._loading or self._step_tokens else 0.0
-        if self._silent > self._seconds:
+        patience = _LOAD_PATIENCE * self._seconds if self._loading else self._seconds
+        if self._silent > patience:
             return f"it gave no sign of life for {self._silent:.3g} seconds (watchdog_seconds={self._seconds:g})"
-        if self._loading and self._stuck > _LOAD_PATIENCE * self._seconds:
+        if self._loading:
+            if self._stuck <= patience:
+                return None
             return (
                 f"its load made no progress for {self._stuck:.3g} seconds "
                 f"({_LOAD_PATIENCE} times watchdog_seconds={self._seconds:g})"

@@ -39,6 +39,8 @@ def test_silence() -> None:
         watchdog.heard(Heartbeat(stats(0, 0)))
         assert watchdog.passed(9) is None
     assert "no sign of life" in (watchdog.passed(9) or "")
+    loading = _Watchdog(10)
+    assert [loading.passed(9) is None for _ in range(6)] == [True] * 5 + [False]
 
 
 @pytest.mark.parametrize(("tokens", "patience"), [(1, 10), (64, 10), (65, 10), (512, 80)])
@@ -92,7 +94,11 @@ def test_errors_of_a_load_are_those_of_the_library(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("program", "words", "facts"),
     [
-        ("import os; print('last words'); os._exit(7)", "exit code 7; its last words: last words", {"exit_code": 7}),
+        (
+            "import os; print('last words', flush=True); os._exit(7)",
+            "exit code 7; its last words: last words",
+            {"exit_code": 7},
+        ),
         ("import os; os.kill(os.getpid(), 11)", "ended by signal SIGSEGV", {"signal": "SIGSEGV"}),
         (
             "import os; os.kill(os.getpid(), 9)",
