@@ -61,7 +61,18 @@ OUTPUTS = [
     StepOutput("id", 1, 9, Timings(0.1, 0.2, 0.3), "stop", 9, 64, Logprobs(9, -0.5, ((1, -1.0), (2, -2.0))), (None,)),
     StepOutput("other", 0, 1),
 ]
-INFO = ModelInfo("demo", Path("/models/demo.gguf"), "qwen3", 400, 640, 1, 2, 3, capabilities={"chat": True})
+INFO = ModelInfo(
+    "demo",
+    Path("/models/demo.gguf"),
+    "qwen3",
+    400,
+    640,
+    1,
+    2,
+    "float16",
+    3,
+    capabilities={"chat": True, "tools": False},
+)
 
 
 def through(message: ToWorker | FromWorker) -> ToWorker | FromWorker:
