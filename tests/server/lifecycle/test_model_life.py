@@ -128,8 +128,9 @@ def test_it_is_given_up_after_so_many_deaths_in_a_row() -> None:
         life = ModelLife(loads, QUICK)
         await life.start()
         for _ in range(4):
-            (await life.until_ready(5)).die(EngineDied("by hand", signal="SIGKILL"))  # type: ignore[attr-defined]
-            await until(lambda: life.engine is None)
+            engine = await life.until_ready(5)
+            engine.die(EngineDied("by hand", signal="SIGKILL"))  # type: ignore[attr-defined]
+            await until(lambda: life.engine is not engine)  # noqa: B023
         await until(lambda: life.status == "failed")
         assert loads.count == 4 and life.recoveries == 3
         for _ in range(2):
