@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import env
 from ..config import EngineConfig, add_flags
 from ..errors import ModelDoesNotFit
-from .options import add_config_flag, model_path, resolve_config
+from .options import add_config_flag, resolve_config
 
 if TYPE_CHECKING:
     from ..runtime.plan import ModelPlan
@@ -46,28 +42,15 @@ def describe(model: str, config: EngineConfig) -> dict[str, Any]:
         HelexaError: what loading it would raise before anything is loaded.
     """
     from ..ops.registry import native_core
-    from ..runtime.locate import model_name
+    from ..runtime.locate import located_headers, model_name
     from ..runtime.plan import plan_model
     from ..weights.checkpoint import open_checkpoint
 
     if config.num_threads is not None and (core := native_core()) is not None:
         core.set_num_threads(config.num_threads)
-    with _located(model, config.offline) as path, open_checkpoint(path) as checkpoint:
+    with located_headers(model, offline=config.offline) as path, open_checkpoint(path) as checkpoint:
         plan = plan_model(checkpoint, config, name=model_name(model, path))
         return facts_of(plan, config) | {"file_bytes": checkpoint.nbytes}
-
-
-@contextmanager
-def _located(model: str, offline: bool) -> Iterator[Path]:
-    """The model's file or folder, or of a hub id that is not on disk its headers."""
-    from ..weights import hub, hub_headers
-
-    hub_id = None if model == "demo" or Path(model).expanduser().exists() else hub.HubId.parse(model)
-    if hub_id is None:
-        yield model_path(model)
-    else:
-        with hub_headers.located(hub_id, offline=offline or env.offline()) as path:
-            yield path
 
 
 def facts_of(plan: ModelPlan, config: EngineConfig) -> dict[str, Any]:

@@ -113,11 +113,19 @@ class AsyncEngine:
         *,
         progress: Progress | None = None,
         watchdog_seconds: float = 120.0,
+        available_bytes: int | None = None,
     ) -> Self:
-        """The engine of ``model`` once it is loaded. Cancelling this ends the worker. Raises as the constructor."""
+        """The engine of ``model`` once it is loaded. Cancelling this ends the worker. Raises as the constructor.
+
+        ``available_bytes`` is what it may take its share of; default, and at most: what the machine has.
+        """
         engine = cls.__new__(cls)
         engine._worker = WorkerProcess(
-            model, config or EngineConfig(), progress=progress, watchdog_seconds=watchdog_seconds
+            model,
+            config or EngineConfig(),
+            progress=progress,
+            watchdog_seconds=watchdog_seconds,
+            available_bytes=available_bytes,
         )
         try:
             path = await asyncio.wrap_future(engine._worker.located)

@@ -19,7 +19,7 @@ from ..text.request_processor import RequestProcessor
 from ..text.structured import GrammarCompiler
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
-from . import quant_cache, saved_prefixes
+from . import memory, quant_cache, saved_prefixes
 from .engine import Engine, OnPromptLogits
 from .engine_thread import EngineThread
 from .exchange import EngineRequest
@@ -99,8 +99,13 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     return LoadedModel(loaded.engine, loaded.processor, loaded.info)
 
 
-def load_engine(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
-    """Loads a model. Blocks; see :class:`helexa_engine.LLM` for arguments and errors."""
+def load_engine(
+    model: str | Path, config: EngineConfig, progress: Progress | None = None, available: int | None = None
+) -> LoadedEngine:
+    """Loads a model. Blocks; see :class:`helexa_engine.LLM` for arguments and errors.
+
+    Of ``available`` bytes, or fewer where this machine has not as many, it takes its share; default: of all that the machine has.
+    """
     if (core := native_core()) is not None:
         core.pin_threads(config.pin_threads)
         if config.num_threads is not None:
@@ -111,7 +116,13 @@ def load_engine(model: str | Path, config: EngineConfig, progress: Progress | No
     report("reading the checkpoint", 0.0)
     with open_checkpoint(path) as checkpoint:
         build = model_class(checkpoint.architecture, checkpoint.where)
-        plan = plan_model(checkpoint, config, name=model_name(model, path))
+        free = memory.available_bytes()
+        plan = plan_model(
+            checkpoint,
+            config,
+            name=model_name(model, path),
+            available=free if available is None else min(free, available),
+        )
         log.info("%s: %s; keys and values in %s", path.name, plan.memory, plan.kv_dtype)
         report("reading the tokenizer", 0.0)
         processor = request_processor(checkpoint)
@@ -149,6 +160,7 @@ def load_engine(model: str | Path, config: EngineConfig, progress: Progress | No
         kv_dtype=plan.kv_dtype,
         state_bytes=plan.memory.state_bytes,
         snapshot_bytes=plan.memory.snapshot_bytes,
+        workspace_bytes=plan.memory.workspace_bytes + plan.memory.position_bytes,
         capabilities=processor.capabilities(),
     )
     report("ready", 1.0)

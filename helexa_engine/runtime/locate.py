@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .. import env
 from ..errors import ModelNotFound
-from ..weights import hub
+from ..weights import hub, hub_headers
 from .model_info import Progress
 
 
@@ -40,6 +42,18 @@ def locate_model(model: str | Path, *, offline: bool = False, progress: Progress
             progress(f"downloading {transfer.file}", share)
 
     return hub.locate(hub_id, offline=offline or env.offline(), on_transfer=report)
+
+
+@contextmanager
+def located_headers(model: str | Path, *, offline: bool = False) -> Iterator[Path]:
+    """As :func:`locate_model`, but of a hub id that is not on disk only what stands before the weights, for as long as this lasts."""
+    exists = model == "demo" or Path(model).expanduser().exists()
+    hub_id = None if exists or not isinstance(model, str) else hub.HubId.parse(model)
+    if hub_id is None:
+        yield locate_model(model)
+    else:
+        with hub_headers.located(hub_id, offline=offline or env.offline()) as path:
+            yield path
 
 
 def model_name(model: str | Path, path: Path) -> str:

@@ -23,8 +23,8 @@ class ModelInfo:
         vocab_size: width of the logits.
         max_model_len: longest prompt plus answer, in tokens, derived from what fits.
         kv_dtype: storage type of keys and values.
-        weight_bytes, kv_bytes, state_bytes, snapshot_bytes: memory taken by weights and reserved for KV pages, recurrent states
-            and their snapshots in the prefix cache.
+        weight_bytes, kv_bytes, state_bytes, snapshot_bytes, workspace_bytes: memory taken by weights and reserved for KV pages,
+            recurrent states, their snapshots in the prefix cache, and what a step needs.
         capabilities: what may be asked of it, as its chat template was seen to do.
     """
 
@@ -38,7 +38,14 @@ class ModelInfo:
     kv_dtype: KvDtype
     state_bytes: int
     snapshot_bytes: int = 0
+    workspace_bytes: int = 0
     capabilities: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """All of these."""
+        reserved = self.kv_bytes + self.state_bytes + self.snapshot_bytes
+        return self.weight_bytes + reserved + self.workspace_bytes
 
     @property
     def limit(self) -> dict[str, int]:

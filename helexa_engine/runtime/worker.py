@@ -140,7 +140,7 @@ class Worker:
         report("starting", 0.0)
         path = locate_model(load.model, offline=load.config.offline, progress=report)
         self._channel.send(Located(path))
-        loaded = load_engine(load.model, load.config, report)
+        loaded = load_engine(load.model, load.config, report, load.available_bytes)
         self._grammars = GrammarCompiler(loaded.processor.tokenizer)
         self._grammars.warm()  # now, so that no running answer waits for it later
         self._engine = EngineThread(loaded.engine, self._deliver, loaded.info.name)

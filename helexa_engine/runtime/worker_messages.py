@@ -29,12 +29,13 @@ class _Message(msgspec.Struct, array_like=True, tag=True):
 
 
 class Load(_Message):
-    """The first message: what to load, how often to show life, and what to log."""
+    """The first message: what to load, how often to show life, what to log, and how many bytes are free at most."""
 
     model: str
     config: EngineConfig
     heartbeat_seconds: float
     log_level: int
+    available_bytes: int | None = None
 
 
 class Submit(_Message):

@@ -64,6 +64,7 @@ class WorkerProcess:
 
     Args:
         progress: called on that thread with (stage, share done).
+        available_bytes: what the model may take its share of; default, and at most: what the machine has.
         watchdog_seconds: how long a step of up to 64 tokens may take, and longer ones in proportion, and how long the process may give
             no sign of life; a load may go without that or without progress for five times as long. It is killed after that.
 
@@ -80,6 +81,7 @@ class WorkerProcess:
         *,
         progress: Progress | None = None,
         watchdog_seconds: float = 120.0,
+        available_bytes: int | None = None,
     ) -> None:
         self.located: Future[Path] = Future()
         self.loaded: Future[ModelInfo] = Future()
@@ -103,7 +105,7 @@ class WorkerProcess:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_write.setblocking(False)
         level = logging.getLogger("helexa_engine").getEffectiveLevel()
-        self._send(Load(str(model), config, self._heartbeat_seconds, level))
+        self._send(Load(str(model), config, self._heartbeat_seconds, level, available_bytes))
         self._thread = threading.Thread(target=self._run, name="helexa-worker-io", daemon=True)
         self._thread.start()
 

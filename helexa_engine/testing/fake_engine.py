@@ -39,6 +39,7 @@ class FakeModelInfo:
     kv_dtype: str = "float16"
     state_bytes: int = 0
     snapshot_bytes: int = 0
+    reserved_bytes: int = 1100
     capabilities: dict[str, bool] = field(default_factory=lambda: {"chat": True, "tools": True})
     limit: dict[str, int] = field(default_factory=lambda: {"context": 4096, "input": 4095, "output": 4095})
 
@@ -67,6 +68,7 @@ class FakeEngine:
         told_to_answer: ids of requests whose thinking was ended from outside.
         aborted: ids of requests whose iterator was closed before its last event.
         num_running: iterators that are open.
+        generation_tokens_total: what its statistics say.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.told_to_answer: list[str] = []
         self.num_running = 0
+        self.generation_tokens_total = 0
         self.closed = False
         self._dead: asyncio.Queue[EngineDied] = asyncio.Queue()
 
@@ -113,7 +116,7 @@ class FakeEngine:
         return True
 
     def stats(self) -> EngineStats:
-        return EngineStats(self.num_running, 0, 0, 1, 0, 0, 0, 0)
+        return EngineStats(self.num_running, 0, 0, 1, 0, self.generation_tokens_total, 0, 0)
 
     def die(self, error: EngineDied) -> None:
         """Lets :meth:`until_dead` return; scripts end by themselves."""
