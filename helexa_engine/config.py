@@ -55,7 +55,7 @@ class EngineConfig:
     quant_cache: bool = knob(
         True, "keep weights quantised while loading on disk (HELEXA_CACHE), so that the next load maps them"
     )
-    quant_cache_limit: str = knob("100GiB", "size of that cache; the least recently used models make room")
+    quant_cache_limit: str = knob("100GiB", "size of that cache; the least recently used models make room", flag=False)
     kv_dtype: Literal["auto", "float32", "float16", "q8_0"] = knob(
         "auto",
         "storage type of keys and values; auto is float32 for float32 weights, else float16; q8_0 takes about half of that",
@@ -79,14 +79,14 @@ class EngineConfig:
         32, "states of hybrid models kept for that, as far as they fit beside the context", low=0, high=4096
     )
     snapshot_interval: int = knob(
-        1024, "tokens of a prompt from one such state to the next, a multiple of 64", low=64, high=1048576
+        1024, "tokens of a prompt from one such state to the next, a multiple of 64", low=64, high=1048576, flag=False
     )
     prefix_cache_folder: str | None = knob(
         None,
         "folder that keeps what is computed of prompts across restarts, a file a model, readable by its owner alone; default: it "
         "ends with the process",
     )
-    prefix_cache_limit: str = knob("4GiB", "size of such a file; what was used last is kept")
+    prefix_cache_limit: str = knob("4GiB", "size of such a file; what was used last is kept", flag=False)
     seed: int | None = knob(None, "seed for requests that give none; default: drawn at start")
     mmap_experts: bool = knob(
         False,
@@ -160,10 +160,11 @@ def add_flags(parser: argparse.ArgumentParser, config: type, only: Collection[st
             group.add_argument(flag, metavar=metavar, default=argparse.SUPPRESS, help=note)
 
 
-def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, Any]]:
+def read_toml(path: Path, sections: Mapping[str, type], per_model: Collection[type] = ()) -> dict[str, dict[str, Any]]:
     """The tables of a TOML file, checked: every table is one of ``sections`` and every key a field of its dataclass.
 
-    Beside them, table ``sampling.NAME`` has sampling defaults of a model; it is checked as :class:`SamplingParams` are.
+    Beside them, table ``sampling.NAME`` has sampling defaults of a model, which are checked as :class:`SamplingParams` are, and table
+    ``models.NAME`` fields of the dataclasses ``per_model``.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -176,9 +177,14 @@ def read_toml(path: Path, sections: Mapping[str, type]) -> dict[str, dict[str, A
             for model, defaults in _table(f"{path}: sampling", table).items():
                 _check_sampling(f"{path}: sampling.{model}", defaults)
             continue
+        if section == "models" and per_model:
+            known = {f.name for kind in per_model for f in dataclasses.fields(kind)}
+            for model, own in _table(f"{path}: models", table).items():
+                _check_keys(f"{path}: models.{model}", own, known)
+            continue
         if section not in sections:
             raise InvalidRequest(
-                f"{path}: {section}", f"unknown table; expected one of {', '.join(sections)}, sampling"
+                f"{path}: {section}", f"unknown table; expected one of {', '.join(sections)}, models, sampling"
             )
         _check_keys(f"{path}: {section}", table, {f.name for f in dataclasses.fields(sections[section])})
     return document
@@ -214,11 +220,18 @@ class Setting:
 
 
 def settings(
-    config: type, flags: Mapping[str, Any], toml: Mapping[str, Any] | None = None, toml_name: str = ""
+    config: type,
+    flags: Mapping[str, Any],
+    toml: Mapping[str, Any] | None = None,
+    toml_name: str = "",
+    *,
+    own: Mapping[str, Any] | None = None,
+    own_name: str = "",
 ) -> list[Setting]:
     """Every field of ``config``, from flags, environment, TOML table and defaults, in this order.
 
-    ``toml_name`` stands before the keys of the table in messages. Raises :class:`InvalidRequest` that names the source.
+    ``toml_name`` stands before the keys of the table in messages. ``own`` is a table that comes before ``toml``: a model's. Raises
+    :class:`InvalidRequest` that names the source.
     """
     hints = typing.get_type_hints(config)
     found: list[Setting] = []
@@ -228,6 +241,8 @@ def settings(
             value, source = flags[f.name], "--" + f.name.replace("_", "-")
         elif (from_env := env.option(f.name)) is not None:
             value, source = from_env, f"environment {env.PREFIX}{f.name.upper()}"
+        elif own and f.name in own:
+            value, source = own[f.name], own_name + f.name
         elif toml and f.name in toml:
             value, source = toml[f.name], toml_name + f.name
         else:
@@ -239,10 +254,16 @@ def settings(
 
 
 def resolve(
-    config: type[Config], flags: Mapping[str, Any], toml: Mapping[str, Any] | None = None, toml_name: str = ""
+    config: type[Config],
+    flags: Mapping[str, Any],
+    toml: Mapping[str, Any] | None = None,
+    toml_name: str = "",
+    *,
+    own: Mapping[str, Any] | None = None,
+    own_name: str = "",
 ) -> Config:
     """``config`` filled as :func:`settings` says. Raises :class:`InvalidRequest` that names the source of a bad value."""
-    found = settings(config, flags, toml, toml_name)
+    found = settings(config, flags, toml, toml_name, own=own, own_name=own_name)
     try:
         return config(**{setting.name: setting.value for setting in found})
     except InvalidRequest as error:

@@ -8,9 +8,9 @@ import errno
 import logging
 import signal
 import socket
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
@@ -21,10 +21,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from helexa_engine.config import EngineConfig
-from helexa_engine.errors import InvalidRequest
+from helexa_engine.errors import HelexaError
 
-from . import endpoints, openapi, status_page
+from . import endpoints, model_routes, openapi, status_page
 from .admission import Admission
 from .allowed_hosts import AllowedHosts
 from .auth import RequireApiKey
@@ -33,12 +32,17 @@ from .endpoints import Generate
 from .energy import EnergyMeter
 from .errors import HANDLERS, CannotListen
 from .http_protocol import HttpProtocol
-from .lifecycle.model_life import Engine, Load, ModelLife, Progress, Recovery
+from .lifecycle.budget import Budget
+from .lifecycle.catalogue import Catalogue
+from .lifecycle.manager import ModelManager
+from .lifecycle.model_events import ModelEvents
+from .lifecycle.model_life import Recovery
+from .lifecycle.model_source import WorkerSource
 from .logs import configure_logging
 from .metrics import ModelMetrics
 from .request_ids import RequestIds
 from .running_requests import RunningRequests
-from .served_model import ServedModel, ServedModels, model_name
+from .served_model import ServedModel, ServedModels
 from .wire import anthropic_messages, openai_chat, openai_completions, openai_responses
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,10 @@ ROUTES = [
     Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
     Route("/v1/models", endpoints.list_models),
     Route("/v1/models/{model_id:path}", endpoints.get_model),
+    Route("/models", model_routes.get_models),
+    Route("/models/load", model_routes.load_model, methods=["POST"]),
+    Route("/models/unload", model_routes.unload_model, methods=["POST"]),
+    Route("/models/events", model_routes.model_events),
     Route("/v1/requests/{request_id}/cancel", endpoints.cancel_request, methods=["POST"]),
     Route("/v1/requests/{request_id}/stop-thinking", endpoints.stop_thinking, methods=["POST"]),
     Route("/apply-template", endpoints.apply_template, methods=["POST"]),
@@ -91,8 +99,11 @@ class App(Starlette):
         return RequestIds(shared)
 
 
-def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette:
-    """The ASGI application over ``models``, which may still be loading. Raises :class:`InvalidRequest`."""
+def create_app(models: Sequence[ServedModel], config: ServerConfig, budget: Budget | None = None) -> Starlette:
+    """The ASGI application over ``models``, which may be loading or not loaded yet. Raises :class:`InvalidRequest`.
+
+    ``budget`` is the memory that they may take; default: as ``config`` says.
+    """
     keys = config.keys()
     middleware = [Middleware(AllowedHosts, config=config)]
     if keys:
@@ -100,7 +111,16 @@ def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette
     app = App(routes=ROUTES, middleware=middleware, exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     app.state.config = config
+    app.state.started = time.monotonic()
     app.state.models = ServedModels(models)
+    app.state.manager = ModelManager(
+        models,
+        budget or Budget(config.memory_budget_bytes()),
+        recovery=Recovery(config.recovery_limit, config.recovery_backoff_seconds),
+        load_wait_seconds=config.load_wait_seconds,
+        unload_wait_seconds=config.shutdown_seconds,
+        retry_seconds=config.recovery_backoff_seconds,
+    )
     app.state.running = RunningRequests()
     app.state.admission = Admission(config, keys)
     app.state.rejected = Counter()
@@ -109,55 +129,46 @@ def create_app(models: Sequence[ServedModel], config: ServerConfig) -> Starlette
     return app
 
 
-def serve(
-    models: list[str],
-    server: ServerConfig,
-    engine: EngineConfig,
-    sampling: Mapping[str, Mapping[str, Any]] | None = None,
-) -> int:
-    """Listens, loads ``models`` and serves until SIGINT or SIGTERM; 0 after an orderly end.
+def serve(catalogue: Catalogue, config: ServerConfig) -> int:
+    """Listens, loads the models that are to be loaded at start, and serves until SIGINT or SIGTERM; 0 after an orderly end.
 
-    The port is bound first: while models load, ``/health`` answers and requests wait. A model that cannot be loaded ends
-    the server with its error. ``sampling`` has defaults for requests by the name of the model.
+    The port is bound first: while models load, ``/health`` answers and requests wait. A server that is given one model to load ends
+    with that one's error if it cannot be; of several it serves those that can be, and ends with the first one's error if none can.
 
     Raises:
         CannotListen: the port is in use or not ours to take.
         HelexaError: whatever loading a model raises.
     """
-    if server.served_model_name is not None and len(models) > 1:
-        raise InvalidRequest("served_model_name", f"names one model, but {len(models)} are served")
-    names = [server.served_model_name or model_name(model) for model in models]
-    sampling = sampling or {}
-    for name in sampling:
-        if name not in names:
-            raise InvalidRequest(f"sampling.{name}", f"no model of this name is served; expected {', '.join(names)}")
-    configure_logging(server.log_format)
-    return asyncio.run(_serve(dict(zip(names, models, strict=True)), sampling, server, engine))
+    configure_logging(config.log_format)
+    return asyncio.run(_serve(catalogue, config))
 
 
-async def _serve(
-    models: Mapping[str, str],
-    sampling: Mapping[str, Mapping[str, Any]],
-    config: ServerConfig,
-    engine_config: EngineConfig,
-) -> int:
-    """``models`` by the names they are served under."""
-
-    def loading_of(model: str) -> Load:
-        return lambda progress: load_engine(model, engine_config, config.watchdog_seconds, progress)
-
-    recovery = Recovery(config.recovery_limit, config.recovery_backoff_seconds)
-    served = [
-        ServedModel(name, sampling.get(name), ModelLife(loading_of(model), recovery)) for name, model in models.items()
+async def _serve(catalogue: Catalogue, config: ServerConfig) -> int:
+    models = [
+        ServedModel(
+            entry.id,
+            entry.sampling,
+            source=WorkerSource(entry.model, entry.engine, config.watchdog_seconds),
+            aliases=entry.settings.aliases or (),
+            pin=entry.settings.pin,
+            ttl_seconds=entry.settings.ttl_seconds,
+            at_start=entry.settings.load == "at start",
+        )
+        for entry in catalogue
     ]
-    app = create_app(served, config)
+    app = create_app(models, config)
+    manager: ModelManager = app.state.manager
     with listen(config.host, config.port) as listener:
         server = Server(app, config)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.stop)
+        at_start = [model for model in models if model.at_start]
+        for model in at_start:
+            model.life.begin()  # now, so that whoever comes first finds it loading
+        loading = asyncio.create_task(_load_at_start(manager, at_start))
+        keeping = asyncio.create_task(manager.keep())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        loading = asyncio.create_task(_load_all(served))
         log.info("listening on %s", url(listener))
         try:
             await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
@@ -166,26 +177,32 @@ async def _serve(
             await serving
         finally:
             loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
-            await asyncio.gather(*(model.life.stop() for model in served))
+            keeping.cancel()
+            await asyncio.gather(loading, keeping, return_exceptions=True)
+            await manager.close()
         if not loading.cancelled() and (error := loading.exception()) is not None:
             raise error
     return 0
 
 
-async def _load_all(served: Sequence[ServedModel]) -> None:
-    """Loads one model after the other, so that each sees the memory the ones before it left."""
-    for model in served:
-        await model.life.start()
+async def _load_at_start(manager: ModelManager, models: Sequence[ServedModel]) -> None:
+    """Loads them one after the other, each in the memory that those before it left. Raises the first error when none can be loaded."""
+
+    async def load(model: ServedModel) -> HelexaError | None:
+        try:
+            await manager.load(model)
+        except HelexaError as error:
+            if len(models) > 1:
+                log.error("%s cannot be loaded: %s", model.id, error)
+            return error
         log.info("%s is ready after %.1f s", model.id, model.life.load_seconds)
+        return None
 
-
-async def load_engine(model: str, config: EngineConfig, watchdog_seconds: float, progress: Progress) -> Engine:
-    """The engine of ``model``, in a worker process of its own."""
-    from helexa_engine.runtime.async_engine import AsyncEngine
-
-    engine: Engine = await AsyncEngine.load(model, config, progress=progress, watchdog_seconds=watchdog_seconds)
-    return engine
+    errors = await asyncio.gather(*(load(model) for model in models))
+    if errors and None not in errors:
+        error = errors[0]
+        assert error is not None
+        raise error
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -225,6 +242,7 @@ class Server(uvicorn.Server):
     """uvicorn without its signal handlers, which end the process by the signal; :meth:`stop` ends it in good order."""
 
     def __init__(self, app: Starlette, config: ServerConfig) -> None:
+        self._events: ModelEvents = app.state.manager.events
         super().__init__(
             uvicorn.Config(
                 app,
@@ -242,6 +260,11 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the streams that would never end by themselves, and then what uvicorn ends."""
+        self._events.close()
+        await super().shutdown(sockets)
 
     def stop(self) -> None:
         """First call: no new connections, running requests have ``shutdown_seconds``. Second call: end now."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from helexa_engine import env
-from helexa_engine.config import check_fields, knob
+from helexa_engine.config import byte_size, check_fields, knob
 from helexa_engine.errors import InvalidRequest
 
 
@@ -84,7 +84,12 @@ class ServerConfig:
     max_queue_seconds: float = knob(
         600.0, "how long a request may wait for its turn before it is refused", low=0.01, flag=False
     )
-    keep_alive_seconds: float = knob(10.0, "silence in a stream after which a no-op chunk is sent", low=0.01)
+    memory_budget: str | None = knob(
+        None, "bytes that all models together may take, such as 20GiB; default: what is free before the first is loaded"
+    )
+    keep_alive_seconds: float = knob(
+        10.0, "silence in a stream after which a no-op chunk is sent", low=0.01, flag=False
+    )
     stall_seconds: float = knob(
         60.0, "how long a client may read nothing of a stream before it counts as gone", low=0.01, flag=False
     )
@@ -95,13 +100,30 @@ class ServerConfig:
     )
     recovery_limit: int = knob(5, "times in a row that a model which dies is loaded again", low=0)
     recovery_backoff_seconds: float = knob(
-        1.0, "pause before the second of them, the first is at once; each next one doubles it", low=0.0
+        1.0,
+        "pause before the second of them, the first is at once; each next one doubles it; also before a request repeats a load that failed",
+        low=0.0,
+        flag=False,
     )
     log_format: Literal["text", "json"] = knob("text", "how log lines look on stderr")
     shutdown_seconds: float = knob(10.0, "how long running requests may go on after a signal to stop", low=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.memory_budget is not None:
+            self.memory_budget_bytes()
+
+    def memory_budget_bytes(self) -> int | None:
+        """``memory_budget`` in bytes. Raises :class:`InvalidRequest`."""
+        if self.memory_budget is None:
+            return None
+        try:
+            found = byte_size(self.memory_budget)
+        except ValueError:
+            found = 0
+        if found <= 0:
+            raise InvalidRequest("memory_budget", f"expected a size such as 20GiB, got {self.memory_budget!r}")
+        return found
 
     def keys(self) -> Keys:
         """The keys to take, from the environment or else from files; none leaves the server open.
@@ -139,6 +161,26 @@ class ServerConfig:
             return frozenset(own) if _is_loopback(self.host) else None
         given = {name.strip().lower().removesuffix(".") for name in self.allowed_hosts.split(",")}
         return None if "*" in given else frozenset(own | given - {""})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What a table ``[models.NAME]`` may say beside settings of the engine, which come before those of ``[engine]`` there."""
+
+    model: str | None = knob(
+        None, "file, HuggingFace folder, hub id or demo; relative to the configuration file; default: NAME"
+    )
+    aliases: list[str] | None = knob(None, "further names that clients may use; answers carry NAME")
+    pin: bool = knob(False, "never unload it to make room, nor for want of requests")
+    ttl_seconds: float | None = knob(
+        None, "unload it after so long without a request; default: when its memory is needed", low=0
+    )
+    load: Literal["at start", "on request"] = knob("on request", "when to load it")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not all(isinstance(alias, str) and alias for alias in self.aliases or ()):
+            raise InvalidRequest("aliases", f"expected a list of names, got {self.aliases!r}")
 
 
 def _is_loopback(host: str) -> bool:

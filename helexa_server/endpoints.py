@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -36,6 +37,7 @@ from .errors import (
     error_response,
     status_of,
 )
+from .lifecycle.manager import ModelManager
 from .lifecycle.model_life import Engine
 from .request_ids import CLIENT_ID, REQUEST_ID
 from .request_record import RequestRecord
@@ -106,10 +108,10 @@ MAX_BACKLOG = 1024
 class Generation:
     """The running requests of one call: their events merged as they come. Leaving the context aborts what still runs."""
 
-    def __init__(self, model: ServedModel, requests: tuple[GenerateRequest, ...], load_wait_seconds: float) -> None:
+    def __init__(self, model: ServedModel, requests: tuple[GenerateRequest, ...], manager: ModelManager) -> None:
         self._model = model
         self._requests = requests
-        self._load_wait_seconds = load_wait_seconds
+        self._manager = manager
         self._events: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue(MAX_BACKLOG)
         self._tasks: list[asyncio.Task[None]] = []
         self._running = len(requests)
@@ -141,10 +143,10 @@ class Generation:
 
     async def _run(self, prompt_index: int, request: GenerateRequest) -> None:
         try:
-            engine = await self._model.ready(self._load_wait_seconds)
-            async with contextlib.aclosing(
-                engine.generate(self._model.with_defaults(request))
-            ) as events:  # closing it aborts the request
+            async with (
+                self._manager.lease(self._model) as engine,
+                contextlib.aclosing(engine.generate(self._model.with_defaults(request))) as events,  # closing aborts it
+            ):
                 async for event in events:
                     await self._events.put((prompt_index, event))
         except Exception as error:
@@ -197,7 +199,7 @@ class Generate:
         )
         projector = self.wire.Projector(call, model.id, int(time.time()))
         stream = Stream(send, projector, config)
-        generation = Generation(model, tuple(map(place.marked, call.requests)), config.load_wait_seconds)
+        generation = Generation(model, tuple(map(place.marked, call.requests)), request.app.state.manager)
         running: RunningRequests = request.app.state.running
         try:
             async with generation:
@@ -315,16 +317,16 @@ def _running(request: Request) -> list[Steerable]:
 async def count_tokens(request: Request) -> Response:
     """How many tokens the prompt of a Messages body has, as the model would get it."""
     call = anthropic_messages.parse_request(await read_json_body(request))
-    engine = await _engine(request, call.model)
-    return json_response({"input_tokens": len(await engine.encode_chat(call.requests[0]))})
+    async with _engine(request, call.model) as engine:
+        return json_response({"input_tokens": len(await engine.encode_chat(call.requests[0]))})
 
 
 async def apply_template(request: Request) -> Response:
     """The prompt that the model's template makes of a chat body, as text."""
     call = openai_chat.parse_request(await read_json_body(request))
-    engine = await _engine(request, call.model)
-    tokens = await engine.encode_chat(call.requests[0])
-    prompt = await asyncio.to_thread(engine.tokenizer.decode, tokens)
+    async with _engine(request, call.model) as engine:
+        tokens = await engine.encode_chat(call.requests[0])
+        prompt = await asyncio.to_thread(engine.tokenizer.decode, tokens)
     return json_response({"prompt": prompt, "count": len(tokens)})
 
 
@@ -346,8 +348,11 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Every model can serve."""
-    waiting = [model for model in request.app.state.models if model.engine is None]
+    """What is loaded at the start can serve; a model that could not be loaded beside others, or was unloaded since, holds nothing up."""
+    at_start = [model for model in request.app.state.models if model.at_start]
+    waiting = [model for model in at_start if model.engine is None and not model.life.is_unloaded]
+    if not any(model.life.loads for model in at_start):
+        waiting = at_start
     if waiting:
         stages = (
             f"{model.id} ({model.life.status}: {model.life.progress[0]}, {model.life.progress[1]:.0%})"
@@ -402,6 +407,7 @@ def _model_body(model: ServedModel) -> dict[str, Any]:
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created)),
         "owned_by": "helexa",
         "status": model.life.status,
+        "aliases": model.aliases,
     }
     if model.engine is None:
         stage, fraction = model.life.progress
@@ -433,27 +439,27 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a text as it is, without a template and with its special tokens as text; or of messages as the model gets them."""
     raw = await read_json_body(request)
     body = decode(raw, TokenizeBody)
-    engine = await _engine(request, body.model)
     text = body.content if body.prompt is None else body.prompt
-    if body.messages is not None:
-        tokens = await engine.encode_chat(openai_chat.parse_request(raw).requests[0])
-    elif text is None:
+    if body.messages is None and text is None:
         raise InvalidRequest("prompt", "expected the text or the messages to tokenize")
-    else:
-        tokens = await asyncio.to_thread(engine.tokenizer.encode, text)
-    return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": engine.model_info.max_model_len})
+    async with _engine(request, body.model) as engine:
+        if body.messages is not None:
+            tokens = await engine.encode_chat(openai_chat.parse_request(raw).requests[0])
+        else:
+            tokens = await asyncio.to_thread(engine.tokenizer.encode, text or "")
+        return json_response({"tokens": tokens, "count": len(tokens), "max_model_len": engine.model_info.max_model_len})
 
 
 async def detokenize(request: Request) -> Response:
     """Text of token ids, under vLLM's name and under llama-server's."""
     body = decode(await read_json_body(request), DetokenizeBody)
-    engine = await _engine(request, body.model)
-    for i, token_id in enumerate(body.tokens):
-        if not 0 <= token_id < engine.model_info.vocab_size:
-            raise InvalidRequest(
-                f"tokens[{i}]", f"expected a token id in [0, {engine.model_info.vocab_size}), got {token_id}"
-            )
-    text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens)
+    async with _engine(request, body.model) as engine:
+        for i, token_id in enumerate(body.tokens):
+            if not 0 <= token_id < engine.model_info.vocab_size:
+                raise InvalidRequest(
+                    f"tokens[{i}]", f"expected a token id in [0, {engine.model_info.vocab_size}), got {token_id}"
+                )
+        text = await asyncio.to_thread(engine.tokenizer.decode, body.tokens)
     return json_response({"prompt": text, "content": text})
 
 
@@ -470,9 +476,10 @@ async def embeddings(request: Request) -> Response:
     raise EmbeddingsUnsupported(f"{model.id} writes text and gives no embeddings; ask a server with an embedding model")
 
 
-async def _engine(request: Request, name: str | None) -> Engine:
+def _engine(request: Request, name: str | None) -> AbstractAsyncContextManager[Engine]:
     """The engine of the model of this name, waiting for its load."""
-    return await _model(request, name).ready(request.app.state.config.load_wait_seconds)
+    manager: ModelManager = request.app.state.manager
+    return manager.lease(_model(request, name))
 
 
 def _model(request: Request, name: str | None) -> ServedModel:

@@ -24,6 +24,16 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 #: Upper bounds in tokens, from one to the longest contexts.
 TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5)) + (1e6,)
 
+#: What engines count, which goes on from one engine of a model to the next: metric -> field of their statistics.
+_TOTALS = {
+    "vllm:prompt_tokens_total": "prompt_tokens_total",
+    "vllm:generation_tokens_total": "generation_tokens_total",
+    "vllm:prefix_cache_queries_total": "prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total": "prefix_cache_hits_total",
+    "vllm:num_preemptions_total": "preemptions_total",
+    "helexa_engine_steps_total": "steps_total",
+}
+
 
 class Histogram:
     """Counts of observations by upper bound."""
@@ -106,23 +116,21 @@ def render(
         for code, count in metrics.failed.items():
             text.sample("helexa_request_failure_total", "counter", f'{label},code="{code}"', count)
         text.sample("helexa_model_up", "gauge", label, int(model.engine is not None))
+        text.sample("helexa_loads_total", "counter", label, model.life.loads)
+        text.sample("helexa_evictions_total", "counter", label, model.evictions)
         text.sample("helexa_recoveries_total", "counter", label, model.life.recoveries)
         text.sample("helexa_recovery_seconds_total", "counter", label, model.life.recovery_seconds)
+        for name, total in _TOTALS.items():
+            text.sample(name, "counter", label, model.life.total(total))
         if model.engine is None:
             continue
         stats = model.engine.stats()
         text.sample("vllm:num_requests_running", "gauge", label, stats.num_running)
         text.sample("vllm:num_requests_waiting", "gauge", label, stats.num_waiting)
         text.sample("vllm:kv_cache_usage_perc", "gauge", label, stats.kv_cache_usage)
-        text.sample("vllm:prefix_cache_queries_total", "counter", label, stats.prefix_cache_queries_total)
-        text.sample("vllm:prefix_cache_hits_total", "counter", label, stats.prefix_cache_hits_total)
         if stats.snapshots_total:
             share = stats.snapshots_used / stats.snapshots_total
             text.sample("helexa_snapshot_bytes", "gauge", label, model.engine.model_info.snapshot_bytes * share)
-        text.sample("vllm:prompt_tokens_total", "counter", label, stats.prompt_tokens_total)
-        text.sample("vllm:generation_tokens_total", "counter", label, stats.generation_tokens_total)
-        text.sample("vllm:num_preemptions_total", "counter", label, stats.preemptions_total)
-        text.sample("helexa_engine_steps_total", "counter", label, stats.steps_total)
         info = model.engine.model_info
         for kind in ("weight", "kv", "state", "snapshot"):
             text.sample("helexa_memory_bytes", "gauge", f'{label},kind="{kind}"', getattr(info, f"{kind}_bytes"))

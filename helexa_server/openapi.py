@@ -11,7 +11,7 @@ import msgspec
 
 from helexa_engine.version import __version__
 
-from . import endpoints, status_page
+from . import endpoints, model_routes, status_page
 from .metrics import CONTENT_TYPE
 from .wire import anthropic_messages, openai_chat, openai_completions, openai_responses
 
@@ -89,7 +89,8 @@ class Status(msgspec.Struct):
 
 
 class ModelHealth(msgspec.Struct):
-    """``status``: loading, ready, recovering, failed or unloaded. ``last_error``: what the model last died of."""
+    """``status``: unloaded, loading, ready, recovering, failed or unloading. ``last_error``: what the model last died of, or what its load
+    failed with."""
 
     id: str
     status: str
@@ -119,6 +120,7 @@ class Model(msgspec.Struct):
     created: int
     owned_by: str
     status: str
+    aliases: list[str]
     type: str
     display_name: str
     created_at: str
@@ -173,7 +175,9 @@ _BODY = (400, 413, 415)  # a body can be bad, too long or no JSON
 _MODEL = (404, 503)  # a model can be unknown, or loading for too long
 _LOAD = (422,)  # or never load at all
 _ANY = (401, 403, 431, 500)
-_EVENTS = "text/event-stream"
+
+#: Media type of a stream.
+EVENTS = "text/event-stream"
 
 
 def _first_line(documented: Any) -> str:
@@ -182,7 +186,7 @@ def _first_line(documented: Any) -> str:
 
 def _generate(path: str, wire: Any, body: type) -> Operation:
     failures = (*_BODY, *_MODEL, *_LOAD, 429, 499)
-    return Operation("post", path, _first_line(wire), body, None, failures, ("application/json", _EVENTS))
+    return Operation("post", path, _first_line(wire), body, None, failures, ("application/json", EVENTS))
 
 
 def _post(path: str, handler: Callable[..., Any], body: type, answer: type | None, *failures: int) -> Operation:
@@ -212,6 +216,10 @@ OPERATIONS = (
     _act("stop-thinking", endpoints.stop_thinking, Stopped),
     _get("/v1/models", endpoints.list_models, ModelList),
     _get("/v1/models/{model_id}", endpoints.get_model, Model, 404),
+    _get("/models", model_routes.get_models, model_routes.ModelsStatus),
+    _post("/models/load", model_routes.load_model, model_routes.LoadBody, model_routes.ModelStatus),
+    _post("/models/unload", model_routes.unload_model, model_routes.UnloadBody, model_routes.ModelStatus),
+    Operation("get", "/models/events", _first_line(model_routes.model_events), media_types=(EVENTS,)),
     _get("/health", endpoints.health, Health),
     _get("/ready", endpoints.ready, Status, 503),
     _get("/version", endpoints.version, Version),
@@ -261,7 +269,7 @@ def document() -> dict[str, Any]:
 def _operation(operation: Operation, schema_of: dict[type, Any]) -> dict[str, Any]:
     answer = schema_of[operation.answer] if operation.answer else {"type": "object"}
     # A stream has no schema: what is said of one would be read as said of each event.
-    schema_by_type = {"application/json": {"schema": answer}, _EVENTS: {}}
+    schema_by_type = {"application/json": {"schema": answer}, EVENTS: {}}
     content = {kind: schema_by_type.get(kind, {"schema": {"type": "string"}}) for kind in operation.media_types}
     envelope = MessagesErrorEnvelope if operation.path.startswith("/v1/messages") else ErrorEnvelope
     failure = {"description": "Error", "content": {"application/json": {"schema": schema_of[envelope]}}}

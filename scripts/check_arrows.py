@@ -67,7 +67,9 @@ ARROWS: dict[str, set[str]] = {
         "helexa_engine.models", "helexa_engine.ops", "helexa_engine.presets", "helexa_engine.cache",
     },
     "helexa_server.wire": {"helexa_engine.text.messages"},
-    "helexa_server": {"helexa_server", "helexa_engine.runtime.async_engine", "helexa_engine.cli.machine"},
+    "helexa_server": {"helexa_server", "helexa_engine.runtime.async_engine", "helexa_engine.runtime.memory",
+        "helexa_engine.runtime.memory_need", "helexa_engine.cli.machine",
+   },
 }  # fmt: skip
 
 #: packages a room must not import at all, even from outside.

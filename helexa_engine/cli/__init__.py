@@ -21,6 +21,10 @@ from .options import UsageError
 COMMANDS = {
     "run": "chat with a model in the terminal",
     "serve": "answer OpenAI clients over HTTP",
+    "ps": "list the models of the server that runs, and what they do",
+    "load": "have the server that runs load a model",
+    "unload": "have the server that runs unload a model",
+    "status": "say how the server that runs is doing",
     "launch": "run Claude Code, opencode, Codex or Qwen Code on a model of this machine",
     "pull": "download a model from the hub, or go on with it",
     "list": "list the models on this machine",

@@ -11,7 +11,15 @@ from helexa_server.config import ServerConfig
 from .. import config, env
 from ..config import EngineConfig, add_flags
 from ..errors import InvalidRequest
-from .options import UsageError, add_config_flag, config_path, config_table, resolve_config, sampling_defaults
+from .options import (
+    UsageError,
+    add_config_flag,
+    config_path,
+    config_table,
+    resolve_catalogue,
+    resolve_config,
+    sampling_defaults,
+)
 
 TABLES: dict[str, type] = {"server": ServerConfig, "engine": EngineConfig}
 
@@ -44,6 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n[{table}]")
         for line, source in lines:
             print(f"{line:{width}}  # {source}")
+    tables, _ = config_table(path, "models")
+    # What the tables say of each other is an error here as it is for the server.
+    resolve_catalogue(arguments, list(dict.fromkeys([*tables, *sampling_defaults(arguments)])), None)
+    for model, own in tables.items():
+        print(f"\n[models.{_toml(model)}]  # {path}")
+        for name, value in own.items():
+            print(f"{name} = {_toml(value)}")
     for model, defaults in sampling_defaults(arguments).items():
         print(f"\n[sampling.{_toml(model)}]  # {path}")
         for name, value in defaults.items():

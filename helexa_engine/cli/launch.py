@@ -29,6 +29,7 @@ from .. import env
 from ..config import add_flags
 from ..errors import HelexaError
 from .options import UsageError, add_config_flag, resolve_config
+from .running_server import RunningServer, ServerAnswers, url_of
 
 #: Clients insist on a key, also where the server takes any.
 NO_KEY = "none"
@@ -220,7 +221,7 @@ def run(arguments: argparse.Namespace) -> int:
     server = resolve_config(arguments, "server", ServerConfig)
     if server.port == 0:
         raise UsageError("port: expected the port of a server, got 0")
-    url = _url(server)
+    url = url_of(server)
     if arguments.print_settings:
         print(_settings(program, _target(url, arguments.model)))
         return 0
@@ -274,12 +275,6 @@ def _default_interrupt() -> None:
 # -- The server
 
 
-def _url(server: ServerConfig) -> str:
-    """Where a client on this machine reaches a server with these settings."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(server.host, server.host)
-    return f"http://[{host}]:{server.port}" if ":" in host else f"http://{host}:{server.port}"
-
-
 def _get(url: str) -> Any:
     """The JSON at ``url``. Raises OSError where nothing listens, :class:`CannotLaunch` for what is no answer of ours."""
     key = env.api_key()
@@ -330,8 +325,20 @@ def _target(url: str, model: str | None) -> Target:
         entry = models[model] if model is not None else next(iter(models.values()))
         if "limit" in entry:
             break
+        if entry["status"] == "unloaded":
+            _have_loaded(url, entry["id"])
         time.sleep(0.2)
     return Target(url, entry["id"], entry["limit"], entry["capabilities"].get("tools", False), env.api_key())
+
+
+def _have_loaded(url: str, model: str) -> None:
+    """Asks for a model that is not loaded, as any client may, which loads it. Raises :class:`CannotLaunch`: it cannot be loaded."""
+    server = RunningServer(url, env.api_key())
+    try:
+        server.post("/tokenize", {"model": model, "prompt": ""})
+    except ServerAnswers as error:
+        if server.get(f"/v1/models/{model}")["status"] == "unloaded":  # else it goes on loading
+            raise CannotLaunch(error.message) from None
 
 
 @contextlib.contextmanager
@@ -342,7 +349,7 @@ def _server(url: str, server: ServerConfig, arguments: argparse.Namespace) -> It
         return
     if arguments.model is not None:
         # The server is asked for the model by the name it gives it, which need not be what was typed.
-        from helexa_server.served_model import model_name
+        from helexa_server.lifecycle.catalogue import model_name
 
         spec, arguments.model = arguments.model, server.served_model_name or model_name(arguments.model)
     else:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import config, env
 from ..config import EngineConfig
 from ..errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from helexa_server.lifecycle.catalogue import Catalogue
 
 
 class UsageError(Exception):
@@ -20,7 +24,8 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         type=Path,
-        help="TOML file with tables [engine], [server] and, for the sampling defaults of a served model, [sampling.NAME]; "
+        help="TOML file with tables [engine], [server], [models.NAME] for the models that may be served and [sampling.NAME] for their "
+        "sampling defaults; "
         "environment HELEXA_CONFIG, else ~/.config/helexa/config.toml if it exists. Precedence: flag, environment HELEXA_<NAME>, "
         "this file, default; `helexa config show` says what came from where",
     )
@@ -42,8 +47,35 @@ def resolve_config(arguments: argparse.Namespace, name: str, kind: type[config.C
 
 def sampling_defaults(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Tables ``[sampling.NAME]`` of the TOML file, by model. Raises :class:`UsageError`."""
+    return _named_tables(arguments, "sampling")
+
+
+def _named_tables(arguments: argparse.Namespace, name: str) -> dict[str, dict[str, Any]]:
     try:
-        return config_table(config_path(arguments), "sampling")[0]
+        return config_table(config_path(arguments), name)[0]
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+
+
+def resolve_catalogue(arguments: argparse.Namespace, models: Sequence[str], served_model_name: str | None) -> Catalogue:
+    """What ``helexa serve`` with these arguments offers. Raises :class:`UsageError`."""
+    from helexa_server.lifecycle import catalogue
+
+    path = config_path(arguments)
+
+    def engine_config(own: Mapping[str, Any], own_name: str) -> EngineConfig:
+        table = config_table(path, "engine")
+        return config.resolve(EngineConfig, vars(arguments), *table, own=own, own_name=own_name)
+
+    try:
+        return catalogue.build(
+            models,
+            engine_config,
+            served_model_name=served_model_name,
+            tables=_named_tables(arguments, "models"),
+            file=path,
+            sampling=sampling_defaults(arguments),
+        )
     except InvalidRequest as error:
         raise UsageError(str(error)) from None
 
@@ -52,9 +84,10 @@ def config_table(path: Path | None, name: str) -> tuple[dict[str, Any], str]:
     """Table ``name`` of the file and what to call it in messages. Raises :class:`InvalidRequest`: the file has unknown keys."""
     if path is None:
         return {}, ""
-    from helexa_server.config import ServerConfig
+    from helexa_server.config import ModelSettings, ServerConfig
 
-    return config.read_toml(path, {"engine": EngineConfig, "server": ServerConfig}).get(name, {}), f"{path}: {name}."
+    tables = config.read_toml(path, {"engine": EngineConfig, "server": ServerConfig}, (ModelSettings, EngineConfig))
+    return tables.get(name, {}), f"{path}: {name}."
 
 
 def model_path(model: str, *, offline: bool = False) -> Path:

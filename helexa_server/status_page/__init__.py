@@ -95,13 +95,9 @@ def _row(model: ServedModel) -> str:
     """A model's line. The script makes the rate of the last cell from its counter."""
     name = f"<th scope='row'>{escape(model.id)}"
     if model.engine is None:
-        stage, fraction = model.life.progress
-        goes_on = model.life.status in ("loading", "recovering")
-        state = f"{stage}, {fraction:.0%}" if goes_on else model.life.status
-        return f"<tr>{name}<td>{escape(state)}<td><td><td><td><td><td></tr>"
+        return f"<tr>{name}<td>{_state(model)}<td><td><td><td><td><td></tr>"
     stats, info = model.engine.stats(), model.engine.model_info
     cells: list[Any] = [
-        "ready",
         f"{info.max_model_len:,}",
         _size(info.weight_bytes + info.kv_bytes + info.state_bytes + info.snapshot_bytes),
         stats.num_running,
@@ -109,8 +105,21 @@ def _row(model: ServedModel) -> str:
         f"{stats.kv_cache_usage:.0%}",
     ]
     total = stats.generation_tokens_total
-    shown = "".join(f"<td>{escape(str(cell))}" for cell in cells)
+    shown = f"<td>{_state(model)}" + "".join(f"<td>{escape(str(cell))}" for cell in cells)
     return f"<tr>{name}{shown}<td data-model='{escape(model.id)}' data-tokens='{total}'></tr>"
+
+
+def _state(model: ServedModel) -> str:
+    """Its status, or how far its load is; and the button that changes it. Markup."""
+    life = model.life
+    stage, fraction = life.progress
+    text = f"{stage}, {fraction:.0%}" if life.status in ("loading", "recovering") else life.status
+    if life.is_unloaded and life.error is not None:
+        text += f": {life.error.message}"
+    act = "load" if life.status in ("unloaded", "failed") else "unload"
+    if not life.can_load or life.status == "unloading":
+        return escape(text)
+    return f"{escape(text)} <button type='button' data-act='{act}' data-of='{escape(model.id)}'>{act.title()}</button>"
 
 
 def _size(count: float) -> str:

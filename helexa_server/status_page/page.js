@@ -116,6 +116,22 @@ async function ask() {
   find("stop").hidden = true;
 }
 
+// Loading and unloading; where the server asks for the admin's key, that is the one to unlock the page with.
+find("status").parentNode.addEventListener("click", async (event) => {
+  const button = event.target.closest("button[data-act]");
+  if (!button) return;
+  button.disabled = true;
+  const body = JSON.stringify({ model: button.dataset.of, wait: false });
+  const options = { method: "POST", headers: headers({ "content-type": "application/json" }), body };
+  try {
+    const response = await fetch(`/models/${button.dataset.act}`, options);
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    await refresh();
+  } catch (error) {
+    add("error", error.message);
+  }
+});
+
 find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();

@@ -142,11 +142,15 @@ def test_kill_while_loading_again(folder: Path) -> None:
 
 def test_kill_while_loading_first(folder: Path) -> None:
     with served(folder) as live, live.http() as http:
-        wait_until(lambda: len(workers_of()) == 1)
+        responses: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: responses.append(http.post(COMPLETIONS, json=SHORT)))
+        asking.start()
+        wait_until(lambda: len(workers_of()) == 1 and len(live.model.leases) == 1)
         os.kill(workers_of()[0], signal.SIGKILL)
-        response = http.post(COMPLETIONS, json=SHORT)
+        asking.join(60)
+        (response,) = responses
         assert response.status_code == 500 and response.json()["error"]["code"] == "engine_died"
-        assert health(live)["status"] == "failed"
+        assert health(live)["status"] == "unloaded" and "SIGKILL" in health(live)["last_error"]
 
 
 def test_a_worker_that_hangs_is_replaced(folder: Path) -> None:
@@ -181,11 +185,12 @@ def test_a_server_that_stops_while_it_loads_leaves_nothing(folder: Path) -> None
 
 PROGRAM = """
     import sys
-    from helexa_engine.config import EngineConfig
     from helexa_server import app
     from helexa_server.config import ServerConfig
+    from tests.server.lifecycle.catalogues import catalogue_of
 
-    code = app.serve([sys.argv[2]], ServerConfig(port=int(sys.argv[1])), EngineConfig(max_model_len=2048))
+    catalogue = catalogue_of(tables={sys.argv[2]: {"load": "at start", "max_model_len": 2048}})
+    code = app.serve(catalogue, ServerConfig(port=int(sys.argv[1])))
     print("exit", code, [name for name in ("torch", "llguidance", "helexa_engine._native") if name in sys.modules])
 """
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 
 from helexa_server.app import Server, create_app, listen, url
 from helexa_server.config import ServerConfig
+from helexa_server.lifecycle.budget import Budget
 from helexa_server.lifecycle.model_life import ModelLife
 from helexa_server.served_model import ServedModel
 
@@ -54,35 +55,40 @@ class Live:
 
 
 @contextlib.contextmanager
-def live_server(engine: Any, life: ModelLife | None = None, **options: Any) -> Iterator[Live]:
-    """Serves ``engine`` as model "fake" from a thread; None leaves the model loading. With a ``life``, leads that from its start."""
+def live_models(models: Sequence[ServedModel], budget: Budget | None = None, **options: Any) -> Iterator[Live]:
+    """Serves ``models`` from a thread, which unloads them at its end."""
     config = ServerConfig(port=0, **{"keep_alive_seconds": 5.0, "shutdown_seconds": 1.0, **options})
-    model = ServedModel("fake", life=life)
-    if engine is not None:
-        model.life.loaded(engine)
     listener = listen(config.host, config.port)
-    app = create_app([model], config)
+    app = create_app(models, config, budget)
     server = Server(app, config)
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def main() -> None:
         loops.append(asyncio.get_running_loop())
-        starting = None if life is None else asyncio.create_task(life.start())
         await server.serve(sockets=[listener])
-        if life is not None and starting is not None:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            await life.stop()
+        await app.state.manager.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Live(url(listener), model, app, loops[0], server.stop)
+        yield Live(url(listener), models[0], app, loops[0], server.stop)
     finally:
         server.stop()
         thread.join(timeout=10)
         assert not thread.is_alive(), "the server did not stop"
+
+
+@contextlib.contextmanager
+def live_server(engine: Any, life: ModelLife | None = None, **options: Any) -> Iterator[Live]:
+    """Serves ``engine`` as model "fake" from a thread; None leaves the model loading. With a ``life``, leads that from its start."""
+    model = ServedModel("fake", life=life)
+    if engine is not None:
+        model.life.loaded(engine)
+    with live_models([model], **options) as live:
+        if life is not None:
+            live.loop.call_soon_threadsafe(life.begin)
+        yield live
 
 
 Serve = Callable[..., Live]

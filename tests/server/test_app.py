@@ -19,7 +19,8 @@ from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_engine.version import __version__
 from helexa_server.app import create_app
 from helexa_server.config import ServerConfig
-from helexa_server.served_model import ServedModel, model_name
+from helexa_server.lifecycle.catalogue import model_name
+from helexa_server.served_model import ServedModel
 
 from .answer_scripts import PROMPT, answer, words
 from .live import Serve, wait_until

@@ -21,6 +21,9 @@ RESPONSES, MESSAGES = "server/test_responses.py", "server/test_messages.py"
 APP, ROUTES_FILE, METRICS = "server/test_app.py", "server/test_routes.py", "server/test_metrics.py"
 WIRE_CHAT, WIRE_COMPLETIONS = "server/wire/test_openai_chat.py", "server/wire/test_openai_completions.py"
 WIRE_RESPONSES, WIRE_MESSAGES = "server/wire/test_openai_responses.py", "server/wire/test_anthropic_messages.py"
+MODELS, MANAGER = "server/test_model_routes.py", "server/lifecycle/test_manager.py"
+CATALOGUE, EVENTS = "server/lifecycle/test_catalogue.py", "server/lifecycle/test_model_events.py"
+SERVED = "end_to_end/test_models_over_http.py"
 DEMO = "end_to_end/test_demo_over_http.py"
 PARSER, STRUCTURED = "engine/text/test_output_parser.py", "engine/text/test_structured.py"
 ENGINE = "engine/runtime/test_engine.py"
@@ -53,6 +56,20 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "GET /version": [(APP, "test_models_and_version")],
     "GET /discovery": [(ROUTES_FILE, "test_discovery")],
     "GET /metrics": [(METRICS, "test_requests_are_counted_and_timed")],
+    "GET /models": [
+        (MODELS, "test_models_says_how_each_is"),
+        (MODELS, "test_control_routes_answer_while_a_model_loads"),
+    ],
+    "POST /models/load, /models/unload": [
+        (MODELS, "test_load_and_unload"),
+        (MODELS, "test_bad_bodies_and_unknown_names"),
+        (MODELS, "test_loading_needs_the_admins_key_where_there_is_one"),
+        (SERVED, "test_two_names_one_loaded_on_request_over_http_and_by_command"),
+    ],
+    "GET /models/events: stage and fraction": [
+        (MODELS, "test_events_begin_with_a_snapshot_and_end_with_the_server"),
+        (EVENTS, "test_a_picture_first_and_then_every_change"),
+    ],
     "POST /v1/requests/{id}/cancel": [(ROUTES_FILE, "test_cancel"), (ROUTES_FILE, "test_cancel_in_mid_stream")],
     "POST /v1/requests/{id}/stop-thinking": [
         (ROUTES_FILE, "test_cancel"),
@@ -249,7 +266,11 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         (WIRE_MESSAGES, "test_bad_fields_are_named"),
     ],
     "404 model_not_found": [(CHAT, "test_unknown_model")],
-    "422 model_does_not_fit": [(APP, "test_a_load_that_failed_is_told")],
+    "422 model_does_not_fit": [
+        (APP, "test_a_load_that_failed_is_told"),
+        (MANAGER, "test_what_can_never_fit_beside_the_pinned_is_told_at_once_with_the_bytes"),
+        (MODELS, "test_load_and_unload"),
+    ],
     "422 template_render_failed": [(CHAT, "test_error_before_the_first_token_has_its_status")],
     "401 invalid_api_key": [(APP, "test_api_key"), (ROUTES_FILE, "test_a_file_of_keys_and_an_admin_key")],
     "429 rate_limit_exceeded with Retry-After: queue full, waited too long": [
@@ -272,13 +293,34 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     "503 service_unavailable with Retry-After: loading, draining": [
         (APP, "test_while_loading"),
         (APP, "test_shutdown_is_bounded_and_says_so"),
+        (MANAGER, "test_a_load_that_takes_longer_than_a_request_waits"),
+        (MANAGER, "test_a_model_in_use_is_waited_for_and_never_evicted"),
+        (MODELS, "test_running_requests_end_with_words_when_their_model_is_unloaded"),
     ],
     "500 engine_died, and the model is already coming back": [
         (CHAT, "test_error_before_the_first_token_has_its_status"),
         ("end_to_end/test_worker_faults.py", "test_kill_in_decode"),
         ("server/lifecycle/test_model_life.py", "test_what_dies_is_loaded_again"),
     ],
-    "A request for a model that is loading waits, with keep-alives": [(APP, "test_a_request_waits_for_the_load")],
+    "A request for a model that is loading waits, with keep-alives": [
+        (APP, "test_a_request_waits_for_the_load"),
+        (MODELS, "test_a_request_for_an_unloaded_model_waits_for_its_load_with_keep_alives"),
+    ],
+    # -- Several models
+    "Lifecycle: aliases, pins, idle times, eviction by least recent use under a budget": [
+        (MODELS, "test_an_alias_answers_under_the_models_own_name"),
+        (CATALOGUE, "test_each_name_stands_for_one_model"),
+        (MANAGER, "test_pinned_models_stay"),
+        (MANAGER, "test_an_idle_model_is_unloaded_after_its_time"),
+        (MANAGER, "test_the_least_recently_used_model_makes_room"),
+        (MANAGER, "test_two_loads_in_a_row_without_memory_for_both"),
+    ],
+    "Hazard 20: load is single-flight per model": [
+        (MANAGER, "test_a_request_for_an_unloaded_model_loads_it_once_for_all_who_wait")
+    ],
+    "Hazard 16: a control-plane call never waits for the device": [
+        (MODELS, "test_control_routes_answer_while_a_model_loads")
+    ],
     # -- Hazards of memory and of many clients
     "Hazard 11: bytes are accounted for and reserved before loading": [
         (MEMORY, "test_states_are_reserved_for_every_seat"),
@@ -335,9 +377,6 @@ ROWS: dict[str, list[tuple[str, str]]] = {
     ],
 }
 
-#: Promised and not built yet: the rows that name these routes come with them.
-MISSING = ("/models", "/models/load", "/models/unload", "/models/events")
-
 
 @cache
 def names_in(file: str) -> frozenset[str]:
@@ -357,7 +396,3 @@ def test_every_route_has_a_row() -> None:
     for route in ROUTES:
         path = route.path.partition("/{")[0]
         assert path in rows, f"no row names {route.path}"
-
-
-def test_what_is_missing_is_missing() -> None:
-    assert not {route.path for route in ROUTES} & set(MISSING)

@@ -17,36 +17,43 @@ from pathlib import Path
 import httpx
 import pytest
 
-from helexa_engine.config import EngineConfig
-from helexa_engine.errors import InvalidRequest
 from helexa_server.app import CannotListen, listen, serve
 from helexa_server.config import ServerConfig
 from helexa_server.logs import JsonFormatter
 
+from .lifecycle.catalogues import catalogue_of
 from .live import wait_until
 
 #: ``serve`` over an engine that loads for as long as a file is missing. Prints its exit code, or the error it ends with.
 PROGRAM = """
     import asyncio, pathlib, sys
-    from helexa_engine.config import EngineConfig
     from helexa_engine.errors import HelexaError, ModelNotFound
+    from helexa_engine.runtime.memory_need import MemoryNeed
     from helexa_engine.testing.fake_engine import FakeEngine, scripted_answer
     from helexa_server import app
     from helexa_server.config import ServerConfig
+    from tests.server.lifecycle.catalogues import catalogue_of
 
-    port, loaded = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+    port, loaded, models = int(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3:] or ["demo"]
 
-    async def load_engine(model, config, watchdog_seconds, progress):
-        progress("weights", 0.25)
-        while not loaded.exists():
-            await asyncio.sleep(0.02)
-        if loaded.read_text() == "broken":
-            raise ModelNotFound(model, "it was a bad day")
-        return FakeEngine(scripted_answer("slow", pause=0.2))
+    class Source:
+        def __init__(self, model, config, watchdog_seconds):
+            self.model = model
 
-    app.load_engine = load_engine
+        async def need(self):
+            return MemoryNeed(1, 1)
+
+        async def load(self, available_bytes, progress):
+            progress("weights", 0.25)
+            while not loaded.exists():
+                await asyncio.sleep(0.02)
+            if loaded.read_text() in ("broken", f"broken {self.model}"):
+                raise ModelNotFound(self.model, "it was a bad day")
+            return FakeEngine(scripted_answer("slow", pause=0.2))
+
+    app.WorkerSource = Source
     try:
-        print("exit", app.serve(["demo"], ServerConfig(port=port, shutdown_seconds=5), EngineConfig()))
+        print("exit", app.serve(catalogue_of(*models), ServerConfig(port=port, shutdown_seconds=5)))
     except HelexaError as error:
         print("error", error)
 """
@@ -58,9 +65,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(port: int, loaded: Path) -> Iterator[subprocess.Popen[str]]:
+def serving(port: int, loaded: Path, *models: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port), str(loaded)],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port), str(loaded), *models],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -116,6 +123,26 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path: 
         assert process.communicate(timeout=30)[0] == "error model 'demo' not found: it was a bad day\n"
 
 
+def test_of_several_models_those_that_can_be_loaded_are_served(tmp_path: Path) -> None:
+    port, loaded = free_port(), tmp_path / "loaded"
+    url = f"http://127.0.0.1:{port}"
+    loaded.write_text("broken two")
+    with serving(port, loaded, "one", "two", "three") as process:
+        wait_until(lambda: answers(f"{url}/ready", 200), seconds=30)
+        listed = httpx.get(f"{url}/models").json()["models"]
+        assert [(model["id"], model["status"]) for model in listed] == [
+            ("one", "ready"),
+            ("two", "unloaded"),
+            ("three", "ready"),
+        ]
+        assert "it was a bad day" in listed[1]["error"]
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=10)[0] == "exit 0\n"
+    loaded.write_text("broken")
+    with serving(free_port(), loaded, "one", "two") as process:
+        assert process.communicate(timeout=30)[0] == "error model 'one' not found: it was a bad day\n"
+
+
 def test_json_log_lines() -> None:
     record = logging.LogRecord("helexa_server.x", logging.WARNING, __file__, 1, 'a "word" %d\n', (3,), None)
     line = JsonFormatter().format(record)
@@ -133,7 +160,7 @@ def test_a_port_in_use_is_named_with_the_way_out() -> None:
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(CannotListen, match=f"port {port} on 127.0.0.1 is in use.*--port") as caught:
-            serve(["demo"], ServerConfig(port=port), EngineConfig())
+            serve(catalogue_of("demo"), ServerConfig(port=port))
     assert caught.value.facts["port"] == port
     listen("127.0.0.1", port).close()
 
@@ -149,13 +176,3 @@ def test_an_address_that_is_not_ours() -> None:
 def test_ipv6_loopback() -> None:
     with listen("::1", 0) as listener:
         assert listener.family == socket.AF_INET6
-
-
-def test_one_name_cannot_stand_for_two_models() -> None:
-    with pytest.raises(InvalidRequest, match="served_model_name"):
-        serve(["a", "b"], ServerConfig(port=0, served_model_name="x"), EngineConfig())
-
-
-def test_sampling_defaults_need_a_model() -> None:
-    with pytest.raises(InvalidRequest, match=r"sampling\.x: no model of this name is served; expected demo"):
-        serve(["demo"], ServerConfig(port=0), EngineConfig(), {"x": {"top_k": 1}})

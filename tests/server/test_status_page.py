@@ -15,6 +15,7 @@ from helexa_server import status_page
 from helexa_server.served_model import ServedModel
 
 from .live import Serve
+from .test_model_routes import fleet_server
 
 HOSTILE = "<script>alert('x')</script>\"&"
 
@@ -81,6 +82,15 @@ def test_names_are_text_and_nothing_else() -> None:
     assert page.options == [HOSTILE, f"loading {HOSTILE}"] and page.counters == {HOSTILE: "0"}
     assert page.cells[8] == HOSTILE and page.cells[16:18] == [f"loading {HOSTILE}", f"{HOSTILE}, 50%"]
     assert page.scripts == [status_page.SCRIPT]
+
+
+def test_models_that_can_be_loaded_have_a_button() -> None:
+    with fleet_server() as (_, live), live.http() as http:
+        before = http.get("/").text
+        assert Page(before).cells[8:10] == ["a", "unloaded "] and "data-act='load' data-of='a'>Load<" in before
+        http.post("/models/load", json={"model": "a"})
+        after = http.get("/").text
+        assert Page(after).cells[9] == "ready " and "data-act='unload' data-of='a'>Unload<" in after
 
 
 def test_the_policy_allows_our_script_alone_and_nothing_from_elsewhere(serve: Serve) -> None:

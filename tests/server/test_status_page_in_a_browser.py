@@ -20,6 +20,7 @@ from helexa_engine.testing.fake_engine import FakeEngine
 
 from .answer_scripts import PROMPT, finished, words
 from .live import Serve, wait_until
+from .test_model_routes import fleet_server
 
 #: The browser to use, where the tests must run.
 REQUIRED = os.environ.get("CHROMIUM")
@@ -71,6 +72,17 @@ def tab(browser: Any) -> Iterator[Any]:
 def say(tab: Any, text: str) -> None:
     tab.fill("#question", text)
     tab.press("#question", "Enter")
+
+
+def test_the_button_loads_and_unloads(tab: Any) -> None:
+    with fleet_server() as (fleet, live):
+        tab.goto(live.url)
+        tab.click("button[data-act=load][data-of=b]")
+        tab.wait_for_selector("button[data-act=unload][data-of=b]")
+        assert fleet.status("b") == "ready"
+        tab.click("button[data-act=unload][data-of=b]")
+        tab.wait_for_selector("button[data-act=load][data-of=b]")
+        assert fleet.status("b") == "unloaded"
 
 
 def test_a_conversation(serve: Serve, tab: Any) -> None:

@@ -200,15 +200,14 @@ def test_a_model_is_called_by_its_id_and_answers_as_the_folder_does(server: HubS
 
 
 def test_the_server_takes_an_id_and_says_how_far_the_download_is(server: HubServer) -> None:
-    from helexa_server.app import load_engine
-    from helexa_server.served_model import model_name
+    from helexa_server.lifecycle.catalogue import model_name
+    from helexa_server.lifecycle.model_source import WorkerSource
 
     stages: list[str] = []
 
     async def load() -> str:
-        engine = await load_engine(
-            "org/m-GGUF:Q8_0", EngineConfig(max_model_len=128), 60.0, lambda stage, share: stages.append(stage)
-        )
+        source = WorkerSource("org/m-GGUF:Q8_0", EngineConfig(max_model_len=128), 60.0)
+        engine = await source.load(2**40, lambda stage, share: stages.append(stage))
         name: str = engine.model_info.name
         await engine.aclose()
         return name

@@ -15,9 +15,11 @@ import httpx
 import pytest
 
 from helexa_engine.cli import launch, main
+from helexa_engine.errors import UnsupportedCheckpoint
 from helexa_engine.testing.fake_engine import FakeEngine, scripted_answer
 from helexa_server.app import listen
 from tests.server.live import Live, live_server
+from tests.server.test_model_routes import fleet_server
 
 AGENT = """\
     #!{python}
@@ -31,20 +33,25 @@ AGENT = """\
 
 SERVER = """
     import sys
-    from helexa_engine.config import EngineConfig
     from helexa_engine.errors import HelexaError
     from helexa_engine.testing.fake_engine import FakeEngine, scripted_answer
     from helexa_server import app
     from helexa_server.config import ServerConfig
 
-    async def load_engine(model, config, watchdog_seconds, progress):
-        if model == "broken":
-            raise HelexaError("it was a bad day")
-        return FakeEngine(scripted_answer("hello"))
+    from tests.server.lifecycle.catalogues import catalogue_of
 
-    app.load_engine = load_engine
+    class Source:
+        def __init__(self, model, config, watchdog_seconds):
+            self.model = model
+
+        async def load(self, available_bytes, progress):
+            if self.model == "broken":
+                raise HelexaError("it was a bad day")
+            return FakeEngine(scripted_answer("hello"))
+
+    app.WorkerSource = Source
     try:
-        app.serve([sys.argv[1]], ServerConfig(port=int(sys.argv[2])), EngineConfig())
+        app.serve(catalogue_of(sys.argv[1]), ServerConfig(port=int(sys.argv[2])))
     except HelexaError as error:
         sys.exit(error.message)
 """
@@ -110,6 +117,17 @@ def test_opencode_is_given_its_configuration(live: Live, tmp_path: Path, monkeyp
     assert provider["npm"] == "@ai-sdk/openai-compatible"
     assert provider["options"] == {"baseURL": f"{live.url}/v1", "apiKey": "none"}
     assert provider["models"]["fake"]["limit"] == {"context": 4096, "output": 4095}
+
+
+def test_a_model_that_is_not_loaded_is_loaded_for_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Agent(tmp_path, "opencode", monkeypatch)
+    with fleet_server() as (fleet, live):
+        assert main(["launch", "opencode", "--port", port(live), "--model", "b"]) == 7
+        assert fleet.status("b") == "ready"
+        fleet.sources["a"].outcomes = [UnsupportedCheckpoint("it is broken", "a.gguf")]
+        assert main(["launch", "opencode", "--port", port(live), "--model", "a"]) == 1
+    config = json.loads(agent.started_with()["environment"]["OPENCODE_CONFIG_CONTENT"])
+    assert config["model"] == "helexa/b"
 
 
 def test_codex_is_told_by_arguments_before_the_users(
