@@ -12,11 +12,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from helexa_engine import SamplingParams
 from helexa_engine.cli import machine
@@ -90,10 +89,27 @@ def timed(place: Any, name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(loaded: LoadedModel, count: int, steps: int, temperature: float) -> dict[str, Any]:
-    """The row, but for the model's name: medians over ``steps`` decode steps of ``count`` sequences."""
+    """The row, but for the model's name: medians over ``steps`` decode steps of ``count`` sequences.
+
+    It steps the engine on the engine's own thread, which would else see the work and step it too.
+    """
+    thread, row = loaded.thread, Future[dict[str, Any]]()
+
+    def work() -> None:
+        try:
+            row.set_result(_measure(loaded, count, steps, temperature))
+        except BaseException as error:
+            row.set_exception(error)
+
+    with thread._wake:
+        thread._commands.append(work)
+        thread._wake.notify()
+    return row.result()
+
+
+def _measure(loaded: LoadedModel, count: int, steps: int, temperature: float) -> dict[str, Any]:
     native = require_native()
     engine = loaded.thread._engine
-    torch.set_num_threads(1)
     params = SamplingParams(max_tokens=steps + 3, temperature=temperature, seed=1, ignore_eos=True)
     makers = {}
     for i in range(count):

@@ -57,18 +57,25 @@ def run_rule(module, arguments, dtype=torch.float32, **options) -> tuple[torch.T
     return module.gated_delta_rule(**dict(arguments, recurrent_state=state), **options), state
 
 
-def judge(arguments) -> None:
-    truth, exact = run_rule(reference, arguments, torch.float64, compute_dtype=torch.float64)
-    twin, twin_state = run_rule(reference, arguments)
-    got, state = run_rule(rule, arguments)
-    assert got.shape == truth.shape and not got.isnan().any() and state[:2].isnan().all()
-    assert (state - exact)[2:].abs().max() <= 2 * (twin_state - exact)[2:].abs().max()
-    assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
+def judge(*draws) -> None:
+    """The largest error of all draws against twice the twin's largest: on one draw of few values the twin may be lucky, and how numpy
+    adds, and so what the interpreter gives, differs from processor to processor."""
+    errors = []
+    for arguments in draws:
+        truth, exact = run_rule(reference, arguments, torch.float64, compute_dtype=torch.float64)
+        twin, twin_state = run_rule(reference, arguments)
+        got, state = run_rule(rule, arguments)
+        assert got.shape == truth.shape and not got.isnan().any() and state[:2].isnan().all()
+        pairs = ((got, truth), (twin, truth), (state[2:], exact[2:]), (twin_state[2:], exact[2:]))
+        errors.append([(ours - right).abs().max() for ours, right in pairs])
+    out, twin_out, state_out, twin_state_out = torch.tensor(errors).amax(0)
+    assert out <= 2 * twin_out
+    assert state_out <= 2 * twin_state_out
 
 
 @pytest.mark.parametrize("length", [1, 7, 63, 64, 65])
 def test_the_rule_equals_the_twin_at_every_length(length: int) -> None:
-    judge(rule_arguments([length] * (2 if length < 10 else 1)))
+    judge(*(rule_arguments([length] * (2 if length < 10 else 1), seed=seed) for seed in range(4)))
 
 
 @pytest.mark.parametrize(
