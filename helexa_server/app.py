@@ -165,6 +165,7 @@ async def _serve(catalogue: Catalogue, config: ServerConfig) -> int:
             loop.add_signal_handler(number, server.stop)
         at_start = [model for model in models if model.at_start]
         for model in at_start:
+            model.may_evict = False  # of one another
             model.life.begin()  # now, so that whoever comes first finds it loading
         loading = asyncio.create_task(_load_at_start(manager, at_start))
         keeping = asyncio.create_task(manager.keep())
@@ -186,7 +187,8 @@ async def _serve(catalogue: Catalogue, config: ServerConfig) -> int:
 
 
 async def _load_at_start(manager: ModelManager, models: Sequence[ServedModel]) -> None:
-    """Loads them one after the other, each in the memory that those before it left. Raises the first error when none can be loaded."""
+    """Loads them one after the other, each in the memory that those before it left and without unloading any. Raises the first error
+    when none can be loaded."""
 
     async def load(model: ServedModel) -> HelexaError | None:
         try:
@@ -195,6 +197,8 @@ async def _load_at_start(manager: ModelManager, models: Sequence[ServedModel]) -
             if len(models) > 1:
                 log.error("%s cannot be loaded: %s", model.id, error)
             return error
+        finally:
+            model.may_evict = True
         log.info("%s is ready after %.1f s", model.id, model.life.load_seconds)
         return None
 

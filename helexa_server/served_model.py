@@ -37,6 +37,7 @@ class ServedModel:
         reserved_bytes: what it holds of the machine's memory, 0 while it is not loaded.
         evictions: how often it was unloaded to make room.
         retry_at: when a load that failed may be tried again for a request, by the manager's clock.
+        may_evict: whether its load may unload others.
         is_leaving: it is about to be unloaded and takes no further request before it is.
     """
 
@@ -66,6 +67,7 @@ class ServedModel:
         self.reserved_bytes = 0
         self.evictions = 0
         self.retry_at = 0.0
+        self.may_evict = True
         self.is_leaving = False
 
     @property

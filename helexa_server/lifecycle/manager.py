@@ -252,6 +252,10 @@ class ModelManager:
             free = self.budget.free(sum(other.reserved_bytes for other in self._others(model)))
             if free >= need.wanted_bytes:
                 return free
+            if not model.may_evict:
+                if free < need.least_bytes:
+                    raise self._does_not_fit(model, need.least_bytes, free)
+                return free
             idle = [other for other in self._others(model) if _may_be_evicted(other)]
             reachable = self.budget.total_bytes - sum(
                 other.reserved_bytes for other in self._others(model) if other not in idle
@@ -280,7 +284,12 @@ class ModelManager:
 
     def _does_not_fit(self, model: ServedModel, needed_bytes: int, free_bytes: int) -> ModelDoesNotFit:
         pinned = ", ".join(other.id for other in self._others(model) if other.pinned and other.reserved_bytes)
-        advice = f"unload {pinned}, which is pinned" if pinned else "take a smaller model or a larger memory_budget"
+        if pinned:
+            advice = f"unload {pinned}, which is pinned"
+        elif not model.may_evict:
+            advice = "give those that are loaded before it a smaller max_model_len; a request for it unloads them"
+        else:
+            advice = "take a smaller model or a larger memory_budget"
         return ModelDoesNotFit(needed_bytes, max(0, free_bytes), "this server", advice)
 
     # -- Over time
@@ -304,7 +313,10 @@ class ModelManager:
             left = model.ttl_seconds - idle
             if left <= 0:
                 log.info("unloading %s after %.0f idle seconds", model.id, idle)
-                await self.unload(model, 0.0)
+                try:
+                    await self.unload(model, 0.0)
+                except Exception:  # the others' time comes all the same
+                    log.exception("unloading %s failed", model.id)
             else:
                 soonest = left if soonest is None else min(soonest, left)
         return soonest

@@ -82,6 +82,23 @@ def test_sampling_defaults_of_a_model_are_shown(tmp_path: Path, capsys: pytest.C
     assert shown["sampling"] == {"org/name": {"temperature": 0, "top_k": 20}}
 
 
+def test_tables_of_models_are_shown_and_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "some.toml"
+    table = 'model = "demo"\naliases = ["x", "y"]\npin = true\nttl_seconds = 2.5\nload = "at start"\nmax_num_seqs = 2\n'
+    file.write_text(f'[models."org/name"]\n{table}[sampling."org/name"]\ntop_k = 2\n[sampling.demo]\ntop_k = 3\n')
+    text = show(capsys, "--config", str(file))
+    assert tomllib.loads(text)["models"] == tomllib.loads(file.read_text())["models"]
+    (tmp_path / "shown.toml").write_text(text)
+    assert tomllib.loads(show(capsys, "--config", str(tmp_path / "shown.toml"))) == tomllib.loads(text)
+
+
+def test_tables_that_share_a_name_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "some.toml"
+    file.write_text("[models.a]\naliases = ['b']\n[models.b]\n")
+    assert main(["config", "show", "--config", str(file)]) == 2
+    assert "models: 'b' is a name of a already" in capsys.readouterr().err
+
+
 def test_keys_are_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert "# HELEXA_API_KEY: not set" in show(capsys)
     monkeypatch.setenv("HELEXA_API_KEY", "sesame")
@@ -98,6 +115,8 @@ def test_keys_are_never_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         ('[engine]\nseed = "x"\n', "engine.seed: expected int, got 'x'"),
         ("[sampling.demo]\ntop_q = 1\n", "sampling.demo.top_q: unknown key"),
         ("[sampling.demo]\ntop_p = 2.0\n", "sampling.demo.top_p: expected"),
+        ("[models.a]\nmodle = 1\n", "models.a.modle: unknown key"),
+        ("[models.a]\nload = 1\n", "models.a.load: expected one of at start, on request"),
         ("[sampling]\ntop_p = 1.0\n", "sampling.top_p: expected a table"),
         ("[engine]\nmax_num_seqs = true\n", "engine.max_num_seqs: expected int"),
     ],

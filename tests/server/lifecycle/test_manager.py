@@ -274,6 +274,29 @@ def test_room_is_made_for_the_context_that_is_wanted_and_less_is_taken_where_the
     run(work())
 
 
+def test_a_load_that_may_evict_none_takes_what_is_left_or_says_what_is_missing() -> None:
+    """As at the start of a server: its models unload none of each other."""
+
+    async def work() -> None:
+        fleet = Fleet(100, {"a": 60, "b": 30, "c": 30})
+        fleet.sources["b"].wanted = 80
+        for model in fleet.models.values():
+            model.may_evict = False
+        await fleet.use("a")
+        await fleet.use("b")
+        assert fleet.models["b"].reserved_bytes == 40
+        error = await fleet.holding("c").over()
+        assert isinstance(error, ModelDoesNotFit) and (error.needed_bytes, error.free_bytes) == (30, 0)
+        assert "smaller max_model_len" in str(error)
+        assert [fleet.status(name) for name in ("a", "b", "c")] == ["ready", "ready", "unloaded"]
+        fleet.models["c"].may_evict = True
+        fleet.machine.now += 10
+        await fleet.use("c")
+        assert [fleet.status(name) for name in ("a", "b", "c")] == ["unloaded", "ready", "ready"]
+
+    run(work())
+
+
 def test_memory_of_a_model_that_is_being_unloaded_is_not_free_before_it_has_gone() -> None:
     async def work() -> None:
         fleet = Fleet(100, {"a": 60, "b": 60})
