@@ -31,6 +31,7 @@ class GenerateRequest:
         chat_template_kwargs: extra template variables, such as ``enable_thinking``.
         add_generation_prompt: open the assistant's turn after the messages.
         echo: repeat the prompt's text ahead of the answer (completions wire).
+        suffix: what follows the answer, which is to fill the middle between a ``prompt`` in words and this; only for models that know how.
         sampling_params: unset fields take the model's defaults.
         request_id: echoed in events and logs.
         priority: lower is earlier; the order among requests that wait, and who gives way when memory is short.
@@ -46,6 +47,7 @@ class GenerateRequest:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     echo: bool = False
+    suffix: str | None = None
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = field(default_factory=new_request_id)
     priority: int = 0
@@ -55,6 +57,8 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("prompt", "expected exactly one of prompt and messages")
+        if self.suffix is not None and not isinstance(self.prompt, str):
+            raise InvalidRequest("suffix", "expected a prompt in words beside it, got token ids or messages")
         if self.messages is not None and not self.messages:
             raise InvalidRequest("messages", "expected at least one message, got none")
         if isinstance(self.priority, bool) or not isinstance(self.priority, int) or abs(self.priority) > MAX_PRIORITY:

@@ -9,6 +9,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..errors import InvalidRequest, TemplateRenderFailed
@@ -43,6 +44,12 @@ from .structured import Constraint, FreeCalls, Rules, call_rules, format_rules
 from .thinking import Thinking
 from .tokenizer import Tokenizer
 from .tool_calls import OPEN_CALL
+
+#: Around what stands before and after a hole, in this order: Qwen's tokens for filling in the middle.
+FILL_IN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+#: What a model writes behind a middle where it has learned from whole files.
+ENDS_OF_FILE = ("<|fim_pad|>", "<|file_sep|>", "<|repo_name|>")
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +99,7 @@ class RequestProcessor:
         seen = None if self.chat_template is None else self.chat_template.capabilities
         return {
             "completion": True,
+            "fill_in_the_middle": all(self.tokenizer.token_id(name) is not None for name in FILL_IN),
             "structured_output": True,
             "vision": False,
             "embeddings": False,
@@ -110,7 +118,8 @@ class RequestProcessor:
         if chat:
             prompt_token_ids = self.encode_chat(request)
         elif isinstance(request.prompt, str):
-            prompt_token_ids, prompt_text = self._encode_prompt(request.prompt), request.prompt
+            encode = self._encode_prompt if request.suffix is None else partial(self._encode_around, request.suffix)
+            prompt_token_ids, prompt_text = encode(request.prompt), request.prompt
         else:
             prompt_token_ids = list(request.prompt or ())
             self._check_ids(prompt_token_ids)
@@ -130,7 +139,9 @@ class RequestProcessor:
         return PreparedRequest(
             prompt_token_ids=tuple(prompt_token_ids),
             params=params,
-            eos_token_ids=frozenset(self.tokenizer.eos_token_ids),
+            eos_token_ids=frozenset(self.tokenizer.eos_token_ids).union(
+                self._ends_of_middle() if request.suffix is not None else ()
+            ),
             constraint=self._constraint(request, params, tools, thinking),
             make_output=make_output,
             prompt_text=prompt_text if request.echo else None,
@@ -216,6 +227,22 @@ class RequestProcessor:
         if self.tokenizer.add_bos and self.tokenizer.bos_token_id is not None:
             ids.insert(0, self.tokenizer.bos_token_id)
         return ids
+
+    def _encode_around(self, suffix: str, prefix: str) -> list[int]:
+        """The prompt in answer to which the model writes what stands between the two. Source: Qwen2.5-Coder's report."""
+        prefix_id, suffix_id, middle_id = (self.tokenizer.token_id(name) for name in FILL_IN)
+        if prefix_id is None or suffix_id is None or middle_id is None:
+            raise InvalidRequest(
+                "suffix",
+                f"this model does not fill in the middle: its vocabulary lacks {', '.join(FILL_IN)}; leave it out",
+            )
+        encode = self.tokenizer.encode
+        return [prefix_id, *encode(prefix), suffix_id, *encode(suffix), middle_id]
+
+    def _ends_of_middle(self) -> list[int]:
+        """What ends the middle beside the end of a turn."""
+        ids = (self.tokenizer.token_id(name) for name in (*FILL_IN, *ENDS_OF_FILE))
+        return [token_id for token_id in ids if token_id is not None]
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         for i, token_id in enumerate(token_ids):

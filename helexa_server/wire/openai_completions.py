@@ -40,8 +40,6 @@ class CompletionBody(SamplingFields, kw_only=True):
 def parse_request(body: bytes) -> Call:
     """The body as a call, one request a prompt. Raises :class:`InvalidRequest` with the path of the bad field."""
     completion = decode(body, CompletionBody)
-    if completion.suffix:
-        raise InvalidRequest("suffix", "this model does not fill in the middle; leave suffix out")
     if completion.best_of is not None and completion.best_of != (1 if completion.n is None else completion.n):
         raise InvalidRequest("best_of", f"expected n or nothing, got {completion.best_of}; ask for n answers instead")
     logprobs = check_logprobs("logprobs", completion.logprobs)
@@ -56,6 +54,7 @@ def parse_request(body: bytes) -> Call:
             GenerateRequest(
                 prompt=prompt,
                 echo=bool(completion.echo),
+                suffix=completion.suffix or None,
                 sampling_params=params,
                 priority=completion.priority or 0,
             )

@@ -87,6 +87,14 @@ def test_echo_with_logprobs(serve: Serve) -> None:
         assert [item for c in choices for item in getattr(c.logprobs, name)] == getattr(whole.logprobs, name)
 
 
+def test_a_suffix_asks_for_the_middle(serve: Serve) -> None:
+    engine = FakeEngine(answer())
+    client = serve(engine).openai().completions
+    for suffix in ("end", "", None):  # editors send an empty one where nothing follows
+        client.create(model="fake", prompt="x", suffix=suffix)
+    assert [request.suffix for request in engine.requests] == ["end", None, None]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -96,7 +104,7 @@ def test_echo_with_logprobs(serve: Serve) -> None:
         ({"prompt": [[1], "a"]}, "prompt[1]"),
         ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": ["a"] * 257}, "prompt"),
-        ({"suffix": "end"}, "suffix"),
+        ({"prompt": [1], "suffix": "end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 65}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),

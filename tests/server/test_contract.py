@@ -42,7 +42,7 @@ ROWS: dict[str, list[tuple[str, str]]] = {
         (COMPLETIONS, "test_echo_with_logprobs"),
         (DEMO, "test_tokens_round_trip_and_prompt_echo"),
     ],
-    "POST /v1/completions: suffix is refused by name": [(COMPLETIONS, "test_bad_fields")],
+    "POST /v1/completions: suffix": [(COMPLETIONS, "test_a_suffix_asks_for_the_middle")],
     "POST /v1/responses": [(RESPONSES, "test_whole_answer"), (DEMO, "test_every_wire_gives_the_same_words")],
     "POST /v1/messages": [(MESSAGES, "test_whole_answer"), (DEMO, "test_every_wire_gives_the_same_words")],
     "POST /v1/messages/count_tokens": [(MESSAGES, "test_count_tokens_is_the_prompt_of_the_same_body")],

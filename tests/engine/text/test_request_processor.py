@@ -57,6 +57,23 @@ def allowed(grammar, tokenizer):
     return logits == 0
 
 
+def test_the_middle_between_prompt_and_suffix(processor, monkeypatch):
+    tokenizer = processor.tokenizer
+    names = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|file_sep|>"]
+    request = GenerateRequest(prompt="def f(", suffix="):\n", echo=True)
+    with pytest.raises(InvalidRequest, match=r"suffix: this model does not fill in the middle.*<\|fim_prefix\|>"):
+        processor.prepare(request)
+    assert not processor.capabilities()["fill_in_the_middle"]
+    for token_id, name in enumerate(names, 100):
+        monkeypatch.setitem(tokenizer._id_of_added, name, token_id)
+    assert processor.capabilities()["fill_in_the_middle"]
+    prepared = processor.prepare(request)
+    expected = [100, *tokenizer.encode("def f("), 101, *tokenizer.encode("):\n"), 102]
+    assert list(prepared.prompt_token_ids) == expected and prepared.prompt_text == "def f("
+    assert {100, 101, 102, 103, 104} <= prepared.eos_token_ids
+    assert processor.prepare(GenerateRequest(prompt="x")).eos_token_ids == frozenset(tokenizer.eos_token_ids)
+
+
 def test_prompt_and_defaults(processor):
     prepared = processor.prepare(GenerateRequest(messages=USER, sampling_params=SamplingParams(top_k=5)))
     assert (
