@@ -323,10 +323,10 @@ def test_a_context_beyond_the_model(folder: Path) -> None:
 
 
 def test_out_of_memory_is_foreseen_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helexa_engine.runtime import plan
+    from helexa_engine.runtime import memory
 
     stages: list[str] = []
-    monkeypatch.setattr(plan, "available_bytes", lambda: 2_000_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2_000_000)
     with pytest.raises(ModelDoesNotFit) as caught:
         LLM(folder, progress=lambda stage, _: stages.append(stage))
     assert caught.value.needed_bytes > caught.value.free_bytes > 0
