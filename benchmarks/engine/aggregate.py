@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import statistics
 import sys
@@ -105,10 +104,7 @@ def measure(
             {
                 "benchmark": "aggregate",
                 "model": name,
-                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "commit": machine.commit(),
-                "machine": machine.describe() | {"instruction_set": native.cpu_isa()},
-                "threads": native.num_threads(),
+                **machine.stamp(native),
                 "repetitions": repetitions,
                 "read_bytes_per_second": round(bandwidth),
                 "int8_operations_per_second": round(int8_rate),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import sys
 import tempfile
@@ -133,10 +132,7 @@ def measure_restart(path: Path, prompt_tokens: int, repetitions: int, settings: 
 def _conditions(repetitions: int, bandwidth: Sequence[float]) -> dict[str, Any]:
     native = require_native()
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe() | {"instruction_set": native.cpu_isa()},
-        "threads": native.num_threads(),
+        **machine.stamp(native),
         "repetitions": repetitions,
         "read_bytes_per_second": round(statistics.mean(bandwidth)),
     }

@@ -7,7 +7,6 @@ afterwards, and measured apart.
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import sys
 import time
@@ -157,10 +156,7 @@ def _measure(loaded: LoadedModel, count: int, steps: int, temperature: float) ->
     assert not engine.has_work
     medians = {part: statistics.median(sample[part] for sample in samples) for part in samples[0]}
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe() | {"instruction_set": native.cpu_isa()},
-        "threads": native.num_threads(),
+        **machine.stamp(native),
         "sequences": count,
         "steps": steps,
         "temperature": temperature,

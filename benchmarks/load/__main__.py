@@ -17,7 +17,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +155,7 @@ def make_row(
         "tool": f"{TOOL} {VERSION}",
         "model": "demo",
         "wire": "/v1/chat/completions, streamed",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
+        **machine.stamp(),
         "concurrency": arguments.concurrency,
         "requests": arguments.requests,
         "output_tokens_each": arguments.output_tokens,

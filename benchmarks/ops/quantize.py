@@ -13,7 +13,6 @@ import ctypes
 import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +117,7 @@ def main() -> None:
         row: dict[str, Any] = {
             "benchmark": "quantize",
             "type": name,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": machine.commit(),
-            "machine": machine.describe(),
+            **machine.stamp(),
             "instruction_set": core.cpu_isa(),
             "threads": core.num_threads(),
             "weights_per_second": weights_per_second(native.quantize, quant_type, SPEED_ROWS, arguments.repeats),

@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,7 @@ def measure(path: str, body: dict[str, Any], port: int, pid: int, chunks: int, r
     return {
         "benchmark": "server",
         "path": path,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
+        **machine.stamp(),
         "chunks": chunks,
         "chunk_cpu_milliseconds": round(spent / chunks * 1e3, 4),
         "chunk_bytes": round(size / chunks, 1),

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,9 +98,7 @@ def soak(model: str, clients: int, seconds: float, seed: int = 0) -> dict[str, A
     latencies = sorted(seen.latencies)
     return {
         "benchmark": "soak",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
+        **machine.stamp(),
         "model": model,
         "clients": clients,
         "seconds": seconds,

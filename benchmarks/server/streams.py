@@ -16,7 +16,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,7 @@ def measure(port: int, pid: int, tokens: int, repetitions: int) -> dict[str, Any
     first = [stream(port, 2)[0] for _ in range(100)]
     row: dict[str, Any] = {
         "benchmark": "server_streams",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe(),
+        **machine.stamp(),
         "tokens": tokens,
         "first_event_milliseconds": round(statistics.median(first) * 1e3, 3),
         "first_event_milliseconds_p99": round(sorted(first)[98] * 1e3, 3),

@@ -141,9 +141,10 @@ inline uint16_t half_from_float(float value) {
   return bit_cast<uint16_t>(half);
 }
 
-// c += a b for a [16, 16] and b [16, 8] of bfloat16, c [16, 8] of float32, spread over a warp as PTX's mma.m16n8k16
-// says.
-inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+// c += a b as PTX's mma.m16n8k16 and mma.m16n8k32 spread the matrices over a warp: rows of a and columns of b are eight
+// words each, and word w of row r lies in lane r % 8 * 4 + w % 4. `add(left, right, sum)` multiplies two words.
+template <class Sum, class Add>
+inline void mma_words(Sum (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line, Add add) {
   struct Fragments {
     uint32_t a[4], b[2];
   } mine;
@@ -155,38 +156,27 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     memcpy(&fragments, all + lane * 64, sizeof fragments);
     return fragments;
   };
-  const auto value = [](uint32_t pair, int half) { return bit_cast<float>(half ? pair & 0xffff0000u : pair << 16); };
   const int lane = simt::thread().linear % kWarpSize;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const Fragments left = of(row % 8 * 4 + k % 8 / 2), right = of(column * 4 + k % 8 / 2);
-      c[i] += value(left.a[row / 8 + k / 8 * 2], k % 2) * value(right.b[k / 8], k % 2);
+    for (int word = 0; word < 8; ++word) {
+      const uint32_t left = of(row % 8 * 4 + word % 4).a[row / 8 + word / 4 * 2];
+      c[i] = add(left, of(column * 4 + word % 4).b[word / 4], c[i]);
     }
   }
 }
 
-// The same for a [16, 32] and b [32, 8] of int8 and c [16, 8] of int32: mma.m16n8k32.
+// c += a b for a [16, 16] and b [16, 8] of bfloat16, c [16, 8] of float32.
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  mma_words(c, a, b, line, [](uint32_t left, uint32_t right, float sum) {
+    sum += bit_cast<float>(left << 16) * bit_cast<float>(right << 16);
+    return sum + bit_cast<float>(left & 0xffff0000u) * bit_cast<float>(right & 0xffff0000u);
+  });
+}
+
+// The same for a [16, 32] and b [32, 8] of int8 and c [16, 8] of int32.
 inline void mma_int8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
-  struct Fragments {
-    uint32_t a[4], b[2];
-  } mine;
-  memcpy(mine.a, a, sizeof a);
-  memcpy(mine.b, b, sizeof b);
-  const unsigned char* all = simt::warp_exchange(&mine, sizeof mine, line);
-  const auto of = [&](int lane) {
-    Fragments fragments;
-    memcpy(&fragments, all + lane * 64, sizeof fragments);
-    return fragments;
-  };
-  const int lane = simt::thread().linear % kWarpSize;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 32; k += 4) {
-      const Fragments left = of(row % 8 * 4 + k % 16 / 4), right = of(column * 4 + k % 16 / 4);
-      c[i] = dp4a(int(left.a[row / 8 + k / 16 * 2]), int(right.b[k / 16]), c[i]);
-    }
-  }
+  mma_words(c, a, b, line, [](uint32_t left, uint32_t right, int sum) { return dp4a(int(left), int(right), sum); });
 }
 
 // Runs `kernel` with a grid of blocks of `threads`, each with `shared_bytes` of shared memory.

@@ -58,14 +58,13 @@ struct Warp {
 };
 
 struct Launch {
-  const char* kernel;
   const std::function<void()>* body;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;
   std::vector<Shadow> shadows;
   uint32_t block_epoch = 0;
-  int arrived = 0, barrier_line = 0;
+  int arrived = 0;
   Fiber* running = nullptr;
   pthread_t owner = pthread_self();
   std::string failure;
@@ -267,7 +266,7 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
     invalid("expected at most 227 KiB of shared memory, got " + std::to_string(shared_bytes));
   const std::lock_guard<std::mutex> lock(one_launch);
   const auto owned = std::make_unique<Launch>();
-  owned->kernel = kernel, owned->body = &body;
+  owned->body = &body;
   owned->fibers.resize(threads), owned->warps.resize(threads / kWarpSize);
   owned->shared.resize(shared_bytes), owned->shadows.resize(shared_bytes);
   launch = owned.get();

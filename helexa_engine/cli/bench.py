@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import random
 import statistics
@@ -172,10 +171,7 @@ def measure(
         "benchmark": "engine",
         "engine": "helexa",
         "model": name,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "machine": machine.describe() | {"instruction_set": _native.cpu_isa()},
-        "threads": _native.num_threads(),
+        **machine.stamp(_native),
         "repetitions": repetitions,
         "read_bytes_per_second": round(read),
         "file_bytes": file_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -91,3 +92,15 @@ def describe() -> dict[str, Any]:
         "memory_gib": None if total is None else round(total / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def stamp(native: Any = None) -> dict[str, Any]:
+    """When and where a benchmark row was measured: date, commit and machine; with the native core its instruction set and threads too."""
+    where = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": describe(),
+    }
+    if native is None:
+        return where
+    return where | {"machine": describe() | {"instruction_set": native.cpu_isa()}, "threads": native.num_threads()}
