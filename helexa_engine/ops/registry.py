@@ -20,6 +20,7 @@ from typing import Any
 
 from .. import env
 from ..errors import BackendUnavailable
+from . import cuda
 
 logger = logging.getLogger("helexa.ops")
 
@@ -83,7 +84,9 @@ class Implementation:
         """None when it can run, else the reason."""
         if device != self.device:
             return f"it runs on {self.device}, not {device}"
-        if self.needs_native and native_core() is None:
+        if self.needs_native and device == "cuda" and cuda.kernels() is None:
+            return "the native core has no CUDA kernels: it was built without nvcc"
+        if self.needs_native and device == "cpu" and native_core() is None:
             return "the native core is not built"
         if self.needs_package is not None and importlib.util.find_spec(self.needs_package) is None:
             return f"the package {self.needs_package} is not installed"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from helexa_engine.ops import cuda
 
 Array = npt.NDArray[Any]
 
@@ -84,3 +88,14 @@ class CardCore:
         tensor, dtype, shape = placed
         copied: Array = tensor.cpu().numpy().view(dtype).reshape(shape)
         return copied
+
+
+@contextmanager
+def emulated_cuda(*, thread_order: int = 0) -> Iterator[None]:
+    """Lets ops and models that are built for ``"cuda"`` run on this CPU under the emulation: their tensors are CPU tensors. Slow;
+    for tiny shapes. Skips nothing: see :func:`emulation` for whether it is built."""
+    module = emulation()
+    assert module is not None, "the emulation is not built"
+    module.set_thread_order(thread_order)
+    with cuda.emulated(module):
+        yield

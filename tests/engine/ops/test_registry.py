@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
 
 import pytest
 
 from helexa_engine.errors import BackendUnavailable, InvalidRequest
-from helexa_engine.ops import registry
+from helexa_engine.ops import cuda, registry
 from helexa_engine.ops.registry import Implementation, Op
 
 HERE = "helexa_engine.ops.quant_matmul.reference"
@@ -28,6 +29,21 @@ def test_the_first_that_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("HELEXA_OPS", raising=False)
     assert op().choose("cpu", width=16).__name__ == "json"
     assert op().choose("cpu", width=4).__name__ == "math"
+
+
+def test_cuda_needs_kernels_and_the_emulation_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda = Op("test_op", HERE, Implementation("cuda", "cuda", "json"))
+    monkeypatch.setattr(cuda, "kernels", lambda: None)
+    assert on_cuda.decide("cuda").is_fallback
+    assert "without nvcc" in on_cuda.decide("cuda").why
+    with pytest.raises(BackendUnavailable, match="nvcc"):
+        cuda.require_kernels()
+    monkeypatch.undo()
+    with cuda.emulated(math):
+        assert cuda.require_kernels() is math
+        assert on_cuda.choose("cuda").__name__ == "json"
+        assert cuda.torch_device("cuda").type == "cpu"
+    assert cuda.torch_device("cuda").type == "cuda"
 
 
 def test_forcing(monkeypatch: pytest.MonkeyPatch) -> None:
