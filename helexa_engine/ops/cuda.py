@@ -42,6 +42,11 @@ def require_kernels() -> Any:
     return found
 
 
+def is_emulated() -> bool:
+    """Whether a model on ``"cuda"`` computes under the emulation, with CPU tensors."""
+    return _emulation is not None
+
+
 def torch_device(device: str) -> torch.device:
     """Where tensors of a model on ``device`` (``"cpu"``, ``"cuda"``) lie."""
     import torch

@@ -80,18 +80,26 @@ class Implementation:
     needs_native: bool = True
     needs_package: str | None = None
 
-    def why_not(self, device: str, facts: Facts) -> str | None:
-        """None when it can run, else the reason."""
+    def why_not(self, device: str, facts: Facts, *, is_here: bool = True) -> str | None:
+        """None when it can run, else the reason; unless it ``is_here`` that it is to run, without regard to what this build has."""
         if device != self.device:
             return f"it runs on {self.device}, not {device}"
+        if is_here and (reason := self._missing(device)) is not None:
+            return reason
+        if not self.supports(facts):
+            return f"it does not support {dict(facts)}"
+        return None
+
+    def _missing(self, device: str) -> str | None:
+        """What it lacks in this installation."""
         if self.needs_native and device == "cuda" and cuda.kernels() is None:
             return "the native core has no CUDA kernels: it was built without nvcc"
         if self.needs_native and device == "cpu" and native_core() is None:
             return "the native core is not built"
+        if not self.needs_native and device == "cuda" and cuda.is_emulated():
+            return "it needs a card, which is emulated"
         if self.needs_package is not None and importlib.util.find_spec(self.needs_package) is None:
             return f"the package {self.needs_package} is not installed"
-        if not self.supports(facts):
-            return f"it does not support {dict(facts)}"
         return None
 
 
@@ -139,8 +147,8 @@ class Op:
                 logger.debug("%s", message)
         return importlib.import_module(choice.module)
 
-    def decide(self, device: str, **facts: Any) -> Choice:
-        """What :meth:`choose` takes; imports nothing.
+    def decide(self, device: str, *, is_here: bool = True, **facts: Any) -> Choice:
+        """What :meth:`choose` takes, here or on a machine whose build has everything; imports nothing.
 
         Raises:
             BackendUnavailable: a forced implementation does not exist or cannot run here, or ``HELEXA_OPS`` names no op.
@@ -158,7 +166,7 @@ class Op:
         for implementation in self.implementations:
             if forced not in (None, implementation.name):
                 continue
-            reason = implementation.why_not(device, facts)
+            reason = implementation.why_not(device, facts, is_here=is_here)
             if reason is None:
                 return Choice(implementation.name, implementation.module, f"on {device}")
             reasons.append(f"{implementation.name}: {reason}")
