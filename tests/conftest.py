@@ -18,3 +18,15 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HELEXA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """``-m gpu`` selects what runs on a card: the "card" side of the kernels', ops' and models' tests. Without one there is none."""
+    if "gpu" not in config.getoption("markexpr").split() or "not" in config.getoption("markexpr").split():
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        terminalreporter.write_line(
+            "-m gpu: no CUDA device here, so no test is selected; scripts/gpu_check runs them on a card"
+        )

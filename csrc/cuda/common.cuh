@@ -6,8 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 #include <string>
+
+#include "cuda_error.h"
 
 #ifdef HELEXA_SIMT
 #include "../simt/simt.h"
@@ -296,8 +297,9 @@ __device__ __forceinline__ void mma_int8(int (&c)[4], const uint32_t (&a)[4], co
 }
 
 inline void check_cuda(cudaError_t status, const char* name) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(name) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // else torch would take it for its own
+  throw CudaError(status, std::string(name) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
 }
 
 template <auto kernel, class... Arguments>

@@ -23,6 +23,10 @@ PYBIND11_MODULE(_simt, module) {
       });
   module.def("set_thread_order", &simt::set_thread_order, py::arg("order"),
              "The order in which a block's threads run: 0 ascending, 1 descending, else shuffled with this seed.");
+  module.def(
+      "fail_launches", &simt::fail_launches, py::arg("code"), py::arg("after") = 0, py::arg("sticks") = false,
+      "Lets a launch raise CudaError, `after` launches that do not; all later ones too where it `sticks`. Code 0 "
+      "mends it.");
 
   py::module_ self_test = module.def_submodule("self_test", "Kernels for the emulation's own tests");
   self_test.def("sums", [](uintptr_t x, uintptr_t out, int blocks) {

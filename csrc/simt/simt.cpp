@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../cuda/cuda_error.h"
+
 namespace helexa::simt {
 namespace {
 
@@ -74,6 +76,10 @@ struct Launch {
 
 Launch* launch = nullptr;
 unsigned thread_order = 0;
+struct {
+  int code = 0, after = 0;
+  bool sticks = false;
+} failing;  // as fail_launches says
 std::mutex one_launch;
 
 // Stacks outlive a launch: a thousand mappings for each would cost more than the kernels.
@@ -255,6 +261,8 @@ const Thread& thread() { return launch->running->thread; }
 
 void set_thread_order(unsigned order) { thread_order = order; }
 
+void fail_launches(int code, int after, bool sticks) { failing = {code, after, sticks}; }
+
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   const auto invalid = [&](const std::string& what) { throw std::runtime_error(std::string(kernel) + ": " + what); };
@@ -265,6 +273,11 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
   if (shared_bytes > 227 << 10)
     invalid("expected at most 227 KiB of shared memory, got " + std::to_string(shared_bytes));
   const std::lock_guard<std::mutex> lock(one_launch);
+  if (failing.code && failing.after-- <= 0) {
+    const int code = failing.code;
+    if (!failing.sticks) failing = {};
+    throw cuda::CudaError(code, std::string(kernel) + ": CUDA error " + std::to_string(code) + ", as the test wants");
+  }
   const auto owned = std::make_unique<Launch>();
   owned->body = &body;
   owned->fibers.resize(threads), owned->warps.resize(threads / kWarpSize);

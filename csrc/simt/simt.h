@@ -47,6 +47,10 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
 // Order in which a block's threads take their turns: 0 ascending, 1 descending, else shuffled with this seed.
 void set_thread_order(unsigned order);
 
+// Lets a launch fail as one on a card does, with this number of cudaError_t, `after` launches that do not; where
+// `sticks`, every later one fails too, as after a fault that ends the context. 0 mends it.
+void fail_launches(int code, int after, bool sticks);
+
 // Ends the launch with a fault at the running thread. May only be called by a kernel.
 [[noreturn]] void fault(const std::string& what);
 

@@ -1,0 +1,62 @@
+"""What a failed launch raises, and what the core says of devices on a machine without any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helexa_engine.ops import cuda
+from helexa_engine.quant import types
+from helexa_engine.testing.cuda_core import emulation
+
+
+@pytest.fixture
+def simt() -> Iterator[Any]:
+    module = emulation()
+    if module is None:
+        pytest.skip("the emulation is not built: scripts/build_native does")
+    yield module
+    module.fail_launches(0)
+
+
+def launch(kernels: Any) -> None:
+    values = np.ones(64, np.float32)
+    kernels.dequantize(types.F32.number, values.ctypes.data, 64, values.ctypes.data, False)
+
+
+def test_a_failed_launch_has_the_runtimes_code(simt: Any) -> None:
+    simt.fail_launches(2, after=1)
+    launch(simt)
+    with pytest.raises(simt.CudaError, match="dequantize") as caught:
+        launch(simt)
+    assert isinstance(caught.value, RuntimeError) and caught.value.code == 2
+    launch(simt)
+
+
+def test_some_errors_stick(simt: Any) -> None:
+    simt.fail_launches(700, sticks=True)
+    for _ in range(2):
+        with pytest.raises(simt.CudaError):
+            launch(simt)
+
+
+def test_bad_arguments_are_no_cuda_errors(simt: Any) -> None:
+    with pytest.raises(ValueError, match="quant_type"):
+        simt.dequantize(999, 64, 64, 64, False)
+
+
+def test_the_core_answers_without_a_driver() -> None:
+    kernels = cuda.kernels()
+    if kernels is None:
+        pytest.skip("this build has no CUDA kernels")
+    assert kernels.architectures.split() and kernels.runtime_version() >= 12080
+    if kernels.driver_version() == 0:
+        with pytest.raises(kernels.CudaError) as caught:
+            kernels.devices()
+        assert caught.value.code == 35  # cudaErrorInsufficientDriver: there is none
+    else:
+        for name, major, _, memory in kernels.devices():
+            assert name and major >= 1 and memory > 0
