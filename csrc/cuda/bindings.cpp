@@ -3,6 +3,7 @@
 #include "../check.h"
 #include "cuda_error.h"
 #include "dequantize.h"
+#include "moe_router.h"
 #ifndef HELEXA_SIMT
 #include "devices.h"
 #endif
@@ -15,6 +16,12 @@ namespace {
 template <class T>
 T* pointer(uintptr_t address, const char* function, const char* argument) {
   check_pointer(address, function, argument);
+  return reinterpret_cast<T*>(address);
+}
+
+// Of an argument that may be left out.
+template <class T>
+T* optional(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
@@ -71,6 +78,45 @@ void bind(py::module_& module) {
       },
       py::arg("quant_type"), py::arg("source"), py::arg("n"), py::arg("out"), py::arg("bfloat16"),
       py::arg("stream") = 0, "n values (whole blocks) as float32, or rounded to bfloat16.");
+  module.def(
+      "moe_router",
+      [](uintptr_t x, int64_t rows, int64_t cols, uintptr_t norm_weight, float norm_eps, uintptr_t weight,
+         int num_experts, bool shared, int top_k, bool norm_topk_prob, uintptr_t ticket, uintptr_t logits,
+         uintptr_t normed, uintptr_t normed_bf16, uintptr_t chosen, uintptr_t weights, Stream stream) {
+        constexpr const char* f = "moe_router";
+        MoeRouter call;
+        call.x = pointer<const float>(x, f, "x"), call.rows = rows, call.cols = cols;
+        call.norm_weight = optional<const float>(norm_weight), call.norm_eps = norm_eps;
+        call.weight = pointer<const float>(weight, f, "weight");
+        call.num_experts = num_experts, call.shared = shared;
+        call.top_k = top_k, call.norm_topk_prob = norm_topk_prob;
+        call.ticket = pointer<uint32_t>(ticket, f, "ticket");
+        call.logits = pointer<float>(logits, f, "logits");
+        call.normed = pointer<float>(normed, f, "normed");
+        call.normed_bf16 = optional<uint16_t>(normed_bf16);
+        call.chosen = pointer<int32_t>(chosen, f, "chosen");
+        call.weights = pointer<float>(weights, f, "weights");
+        moe_router(call, stream);
+      },
+      py::arg("x"), py::arg("rows"), py::arg("cols"), py::arg("norm_weight"), py::arg("norm_eps"), py::arg("weight"),
+      py::arg("num_experts"), py::arg("shared"), py::arg("top_k"), py::arg("norm_topk_prob"), py::arg("ticket"),
+      py::arg("logits"), py::arg("normed"), py::arg("normed_bf16"), py::arg("chosen"), py::arg("weights"),
+      py::arg("stream") = 0, "Each row's experts, ascending, and their weights; norm_weight and normed_bf16 may be 0.");
+  module.def(
+      "moe_group",
+      [](uintptr_t chosen, int64_t pairs, int num_experts, int tile_rows, uintptr_t pair, uintptr_t place,
+         uintptr_t tiles, uintptr_t num_tiles, Stream stream) {
+        constexpr const char* f = "moe_group";
+        MoeGroups call;
+        call.chosen = pointer<const int32_t>(chosen, f, "chosen");
+        call.pairs = pairs, call.num_experts = num_experts, call.tile_rows = tile_rows;
+        call.pair = pointer<int32_t>(pair, f, "pair"), call.place = pointer<int32_t>(place, f, "place");
+        call.tiles = pointer<MoeTile>(tiles, f, "tiles"), call.num_tiles = pointer<int32_t>(num_tiles, f, "num_tiles");
+        moe_group(call, stream);
+      },
+      py::arg("chosen"), py::arg("pairs"), py::arg("num_experts"), py::arg("tile_rows"), py::arg("pair"),
+      py::arg("place"), py::arg("tiles"), py::arg("num_tiles"), py::arg("stream") = 0,
+      "Pairs sorted by expert, where each stands, and tiles (expert, first place, rows) of one expert each.");
 }
 
 }  // namespace helexa::cuda

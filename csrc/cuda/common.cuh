@@ -3,6 +3,7 @@
 // shared memory, warps, copies and matrix instructions, and is otherwise plain CUDA C++.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -53,8 +54,14 @@ inline void store_shared(const Shared<T>& array, int64_t index, const V& value) 
   array.template store<V>(index, value);
 }
 template <class T>
-inline void add_atomic(const Shared<T>& array, int64_t index, T value) {
-  array.add_atomic(index, value);
+inline T add_atomic(const Shared<T>& array, int64_t index, T value) {
+  return array.add_atomic(index, value);
+}
+template <class T>
+inline T add_atomic(T* array, int64_t index, T value) {
+  const T before = array[index];
+  array[index] = before + value;
+  return before;
 }
 
 // The block's dynamic shared memory, handed out from the front; every thread takes the same.
@@ -89,12 +96,23 @@ template <class T>
 inline T shuffle_xor(T value, int mask, int line = __builtin_LINE()) {
   return shuffle(value, simt::thread().linear % kWarpSize ^ mask, line);
 }
+inline uint32_t warp_max(uint32_t value, int line = __builtin_LINE()) {
+  const unsigned char* all = simt::warp_exchange(&value, sizeof value, line);
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    uint32_t other;
+    memcpy(&other, all + lane * 64, sizeof other);
+    value = other > value ? other : value;
+  }
+  return value;
+}
 inline uint32_t ballot(bool holds, int line = __builtin_LINE()) {
   const unsigned char* all = simt::warp_exchange(&holds, sizeof holds, line);
   uint32_t mask = 0;
   for (int lane = 0; lane < kWarpSize; ++lane) mask |= uint32_t(all[lane * 64] != 0) << lane;
   return mask;
 }
+
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
 template <class V>
 inline V load_global(const void* address) {
@@ -113,6 +131,13 @@ template <class V>
 inline V load_streaming(const void* address) {
   return load_global<V>(address);
 }
+// The same for what another block of this launch wrote, before its fence.
+template <class T>
+inline T load_fresh(const T* address) {
+  return *address;
+}
+// What this thread wrote to global memory before is seen by every block that sees what it writes afterwards.
+inline void fence_device() {}
 
 // Copies sizeof(V) bytes (4, 8 or 16) into shared memory; they are there when their group is waited for.
 template <class V, class T>
@@ -199,9 +224,10 @@ template <class V, class T>
 __device__ __forceinline__ void store_shared(T* array, int64_t index, const V& value) {
   *reinterpret_cast<V*>(array + index) = value;
 }
+// To shared or to global memory; returns what was there before.
 template <class T>
-__device__ __forceinline__ void add_atomic(T* array, int64_t index, T value) {
-  atomicAdd(array + index, value);
+__device__ __forceinline__ T add_atomic(T* array, int64_t index, T value) {
+  return atomicAdd(array + index, value);
 }
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -230,7 +256,10 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 __device__ __forceinline__ uint32_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
+
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 
 template <class V>
 __device__ __forceinline__ V load_global(const void* address) {
@@ -252,6 +281,12 @@ __device__ __forceinline__ V load_streaming(const void* address) {
     return load_global<V>(address);
   }
 }
+
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* address) {
+  return __ldcg(address);
+}
+__device__ __forceinline__ void fence_device() { __threadfence(); }
 
 template <class V, class T>
 __device__ __forceinline__ void copy_async(T* array, int64_t index, const void* source) {
