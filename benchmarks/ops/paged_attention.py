@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--heads", default="16x8x128", help="query heads x key-value heads x head dimension [16x8x128]")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 512])
     parser.add_argument("--context", nargs="+", type=int, default=[64, 1024, 8192])
-    parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=["float16", "q8_0"])
+    parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES["cpu"], default=["float16", "q8_0"])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     num_heads, num_kv_heads, head_dim = (int(n) for n in arguments.heads.split("x"))

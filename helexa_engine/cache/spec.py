@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import InvalidRequest
 
@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 PAGE_SIZE = 64  # tokens; also the block of the attention's online softmax and the border of prefill chunks
 
-KvDtype = Literal["float32", "float16", "q8_0"]
-KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
+KvDtype = Literal["float32", "float16", "bfloat16", "q8_0"]
+#: What keys and values may be stored as, by the type of the device that the pages lie on. The first is the most exact.
+KV_DTYPES: Mapping[str, tuple[KvDtype, ...]] = {
+    "cpu": ("float32", "float16", "q8_0"),
+    "cuda": ("bfloat16", "q8_0"),
+}
 
 
 class Zeros(Protocol):
@@ -27,20 +31,31 @@ class Zeros(Protocol):
 class AttentionCacheSpec:
     """Keys and values of one attention layer, in pages of :data:`PAGE_SIZE` tokens.
 
+    Attributes:
+        device: type of the device that the pages lie on, ``"cpu"`` or ``"cuda"``: it decides how a page is laid out.
+
     Raises:
-        InvalidRequest: ``q8_0`` with a head dimension that blocks of 32 do not fill.
+        InvalidRequest: a dtype that the device's kernels do not read, or ``q8_0`` with a head dimension that blocks of 32 do not
+            fill.
     """
 
     num_kv_heads: int
     head_dim: int
     dtype: KvDtype
     page_size: int = PAGE_SIZE
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        known = KV_DTYPES[self.device]
+        if self.dtype not in known:
+            raise InvalidRequest(
+                "kv_dtype", f"keys and values on {self.device} are stored as {' or '.join(known)}, not as {self.dtype}"
+            )
         if self.dtype == "q8_0" and self.head_dim % 32:
+            other = "bfloat16" if self.device == "cuda" else "float16"
             raise InvalidRequest(
                 "kv_dtype",
-                f"q8_0 needs heads of a multiple of 32 dimensions, the model's have {self.head_dim}; take float16",
+                f"q8_0 needs heads of a multiple of 32 dimensions, the model's have {self.head_dim}; take {other}",
             )
 
     @property
@@ -52,11 +67,20 @@ class AttentionCacheSpec:
         return 2 * values * (4 if self.dtype == "float32" else 2)
 
     def allocate(self, num_pages: int, zeros: Zeros | None = None) -> AttentionCache:
-        """Zeroed keys and values of ``num_pages`` pages, as ``ops/paged_attention/reference.py`` lays them out."""
+        """Zeroed keys and values of ``num_pages`` pages, as ``ops/paged_attention/reference.py`` lays them out for the device.
+
+        ``zeros`` says where they lie; without it, in this machine's memory.
+        """
         import torch
 
         zeros = zeros or torch.zeros
         pages = (num_pages, self.num_kv_heads)
+        if self.device == "cuda":
+            dtype = torch.int8 if self.dtype == "q8_0" else torch.bfloat16
+            rows = (
+                self.page_size // 16 * 17 if self.dtype == "q8_0" else self.page_size
+            )  # 16 rows' scales fill one more
+            return AttentionCache(*(zeros(*pages, rows, self.head_dim, dtype=dtype) for _ in range(2)))
         if self.dtype == "q8_0":
             page = self.page_size * self.head_dim // 32 * 34
             return AttentionCache(*(zeros(*pages, page, dtype=torch.int8) for _ in range(2)))
@@ -69,8 +93,12 @@ class AttentionCacheSpec:
 
 @dataclass(slots=True)
 class AttentionCache:
-    """``k`` [num_pages, num_kv_heads, head_dim, page_size] and ``v`` [.., page_size, head_dim], float16 or float32; q8_0: int8
-    [num_pages, num_kv_heads, page_size * head_dim / 32 * 34], blocks of 32 dimensions as planes of codes and scales."""
+    """Keys and values of the pages of one layer, blocks of q8_0 (32 dimensions and a float16 scale) as planes of codes and scales.
+
+    On the CPU ``k`` [num_pages, num_kv_heads, head_dim, page_size] and ``v`` [.., page_size, head_dim], float16 or float32; q8_0:
+    int8 [num_pages, num_kv_heads, page_size * head_dim / 32 * 34]. On CUDA both [num_pages, num_kv_heads, page_size, head_dim]
+    bfloat16; q8_0: int8 [.., page_size + page_size / 16, head_dim], a row of codes for each token, then all scales.
+    """
 
     k: torch.Tensor
     v: torch.Tensor

@@ -83,7 +83,7 @@ def _kv_bytes(checkpoint: Checkpoint, number: Callable[..., Any]) -> dict[str, i
     layers = number("num_hidden_layers") - _count_delta_nets(checkpoint)
     return {
         dtype: layers * AttentionCacheSpec(kv_heads, head_dim, dtype).page_bytes // PAGE_SIZE
-        for dtype in KV_DTYPES
+        for dtype in KV_DTYPES["cpu"]
         if dtype != "q8_0" or head_dim % 32 == 0
     }
 

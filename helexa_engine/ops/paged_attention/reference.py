@@ -35,11 +35,18 @@ def quantised_query(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (_split(codes, -1, _BLOCK).to(dtype) * scales.to(dtype)).flatten(-2)
 
 
+def is_cuda_layout(k_cache: torch.Tensor) -> bool:
+    """Whether pages are laid out as the CUDA kernels read them."""
+    return k_cache.dtype == torch.bfloat16 or (k_cache.dtype == torch.int8 and k_cache.ndim == 4)
+
+
 class FloatPages:
-    """Keys [num_pages, Hkv, D, 64], so that a page's scores are sums of rows, and values [num_pages, Hkv, 64, D]."""
+    """Keys and values as numbers: bfloat16 on CUDA, both [num_pages, Hkv, 64, D]; float16 or float32 on the CPU, keys
+    [num_pages, Hkv, D, 64], so that a page's scores are sums of rows."""
 
     def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        self._k, self._v = k_cache.transpose(2, 3), v_cache
+        self._k = k_cache if k_cache.dtype == torch.bfloat16 else k_cache.transpose(2, 3)
+        self._v = v_cache
 
     def write(self, pages: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Keys and values [T, Hkv, D] of tokens at ``offsets`` [T] of ``pages`` [T]."""
@@ -52,13 +59,24 @@ class FloatPages:
 
 
 class QuantisedPages:
-    """Q8_0 along D, int8 [num_pages, Hkv, 64 * D / 32 * 34]: first the codes, then the scales in float16.
+    """Q8_0 along D, int8: first the codes, then the scales in float16.
 
-    A vector of the processor takes the same dimensions of as many keys as fit, four of each, which is what its integer products
-    add up: codes of keys lie [D / 4, 64, 4]. Those of values lie [64, D], and the scales of both [D / 32, 64].
+    On CUDA [num_pages, Hkv, 64 + 4, D]: the codes of each token are a row, and the scales [64, D / 32] fill the last four.
+    On the CPU [num_pages, Hkv, 64 * D / 32 * 34]. A vector of the processor takes the same dimensions of as many keys as fit, four
+    of each, which is what its integer products add up: codes of keys lie [D / 4, 64, 4]. Those of values lie [64, D], and the
+    scales of both [D / 32, 64].
     """
 
     def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int) -> None:
+        if is_cuda_layout(k_cache):
+            self._k = _split(k_cache[:, :, :PAGE_SIZE], head_dim // 4, 4)
+            self._v = v_cache[:, :, :PAGE_SIZE]
+            flat = (*k_cache.shape[:2], -1)
+            self._k_scales, self._v_scales = (
+                _split(cache[:, :, PAGE_SIZE:].view(flat).view(torch.float16), PAGE_SIZE, head_dim // _BLOCK)
+                for cache in (k_cache, v_cache)
+            )
+            return
         size = PAGE_SIZE * head_dim
         self._k = _split(k_cache[..., :size], head_dim // 4, PAGE_SIZE, 4).transpose(2, 3)
         self._v = _split(v_cache[..., :size], PAGE_SIZE, head_dim)
@@ -129,11 +147,11 @@ def paged_attention(
         page_tables: [N, P] int32.
         cu_seqlens: [N+1] int32.
         seq_lens: [N] int32, lengths including the new tokens.
-        k_cache, v_cache: pages of 64 tokens, written in place; float16 or float32 as :class:`FloatPages` has them, or Q8_0 as
-            :class:`QuantisedPages` does.
+        k_cache, v_cache: pages of 64 tokens, written in place; bfloat16, float16 or float32 as :class:`FloatPages` has them, or
+            Q8_0 as :class:`QuantisedPages` does.
         gated: whether the context is multiplied by ``sigmoid(gate)``.
-        compute_dtype: dtype of every step; keys and values still pass through the cache's own dtype. With Q8_0 pages queries and
-            keys are float32 until they are quantised, and scores are products of what is left of both.
+        compute_dtype: dtype of every step; keys and values still pass through the cache's own dtype. With Q8_0 pages keys (on the
+            CPU queries too) are float32 until they are quantised, and scores are products of what is left of them.
 
     Returns:
         [T, Hq * D] in ``compute_dtype``.
@@ -169,7 +187,7 @@ def paged_attention(
     cache.write(slot_mapping // PAGE_SIZE, slot_mapping % PAGE_SIZE, k, v)
     q = q * scale
     if quantised:
-        q = quantised_query(q, compute_dtype)
+        q = q.to(compute_dtype) if is_cuda_layout(k_cache) else quantised_query(q, compute_dtype)
 
     context = torch.empty((num_tokens, num_heads, head_dim), dtype=compute_dtype)
     group = num_heads // num_kv_heads

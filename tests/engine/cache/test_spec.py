@@ -30,9 +30,36 @@ def test_quantised_pages_take_the_bytes_that_are_planned() -> None:
     assert nbytes(cache.k, cache.v) == 3 * spec.page_bytes == 3 * 2 * 2 * PAGE_SIZE * 96 * 34 // 32
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "stored"), [("bfloat16", PAGE_SIZE, torch.bfloat16), ("q8_0", PAGE_SIZE + 4, torch.int8)]
+)
+def test_pages_on_cuda_take_the_bytes_that_are_planned(dtype: KvDtype, rows: int, stored: torch.dtype) -> None:
+    spec = AttentionCacheSpec(num_kv_heads=2, head_dim=96, dtype=dtype, device="cuda")
+    cache = spec.allocate(3)
+    assert cache.k.shape == cache.v.shape == (3, 2, rows, 96)
+    assert cache.k.dtype == cache.v.dtype == stored
+    assert nbytes(cache.k, cache.v) == 3 * spec.page_bytes
+    assert not cache.k.any() and not cache.v.any()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "others"),
+    [
+        ("cpu", "bfloat16", "float32 or float16 or q8_0"),
+        ("cuda", "float16", "bfloat16 or q8_0"),
+        ("cuda", "float32", "bfloat16 or q8_0"),
+    ],
+)
+def test_what_a_device_does_not_read_is_refused(device: str, dtype: KvDtype, others: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"kv_dtype.* on {device} are stored as {others}, not as {dtype}"):
+        AttentionCacheSpec(num_kv_heads=2, head_dim=64, dtype=dtype, device=device)
+
+
 def test_heads_that_blocks_do_not_fill_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="kv_dtype.*multiple of 32 dimensions, the model's have 80; take float16"):
         AttentionCacheSpec(num_kv_heads=2, head_dim=80, dtype="q8_0")
+    with pytest.raises(InvalidRequest, match="take bfloat16"):
+        AttentionCacheSpec(num_kv_heads=2, head_dim=80, dtype="q8_0", device="cuda")
 
 
 def test_states_take_the_bytes_that_are_planned_and_are_cleared_slot_by_slot() -> None:
