@@ -207,14 +207,18 @@ class Engine:
                 except Exception as error:
                     outputs.append(self._fail(answer, error))
         if sampling:
-            logits = self.runner.logits(hidden, [row for _, row in sampling])
-            largest: list[int] | list[None] = self.runner.largest or [None] * len(sampling)
-            for (answer, _), row, best in zip(sampling, logits, largest, strict=True):
-                if answer.sequence in self._answers and answer not in damaged:  # its request may have failed just now
-                    try:
-                        outputs.append(self._sample(answer, row, best))
-                    except NotFinite as error:
-                        damaged[answer] = chunk_of[answer], error.what
+            outcomes = self.runner.sample(
+                hidden, [row for _, row in sampling], [answer.sampler for answer, _ in sampling]
+            )
+            for (answer, _), outcome in zip(sampling, outcomes, strict=True):
+                if answer.sequence not in self._answers or answer in damaged:  # its request may have failed just now
+                    continue
+                if isinstance(outcome, NotFinite):
+                    damaged[answer] = chunk_of[answer], outcome.what
+                elif isinstance(outcome, Exception):
+                    outputs.append(self._fail(answer, outcome))
+                else:
+                    outputs.append(self._sampled(answer, *outcome))
         # Last, for what is computed again writes over this step's rows.
         for answer, (chunk, what) in damaged.items():
             if answer.sequence in self._answers:
@@ -273,15 +277,9 @@ class Engine:
             self.saved = None
         del self.runner
 
-    def _sample(self, answer: _Answer, logits: Logits, largest: int | None) -> StepOutput:
-        """Raises :class:`NotFinite`; everything else that goes wrong is in what it returns."""
+    def _sampled(self, answer: _Answer, token_id: int, logprobs: Logprobs | None) -> StepOutput:
+        """The answer goes on by a token, or ends with it."""
         sequence, params = answer.sequence, answer.request.params
-        try:
-            token_id, logprobs = answer.sampler.sample(logits, largest)
-        except NotFinite:
-            raise
-        except Exception as error:  # a grammar may raise anything; the others in the batch are not to blame
-            return self._fail(answer, error)
         self.scheduler.keep(sequence)  # its logits are finite
         is_first = sequence.num_output_tokens == 0
         reports_prompt = params.prompt_logprobs is not None and answer.scores_prompt

@@ -17,7 +17,7 @@ from ..ops.argmax import argmax
 from ..ops.registry import native_core
 from .memory import MOST_RECORDED
 from .recorded_step import RecordedStep
-from .sampler import Logits
+from .sampler import Logits, Outcome, Sampler, sample_rows
 from .scheduler import Chunk
 
 if TYPE_CHECKING:
@@ -154,6 +154,11 @@ class ModelRunner:
             if len(rows) != hidden.shape[0]:
                 hidden = hidden[torch.tensor(rows)]
             return self.model.logits(hidden).numpy()
+
+    def sample(self, hidden: torch.Tensor, rows: Sequence[int], samplers: Sequence[Sampler]) -> list[Outcome]:
+        """What each sampler takes of the logits of its row of the hidden states, or why it takes nothing."""
+        logits = self.logits(hidden, rows)
+        return sample_rows(samplers, logits, self.largest)
 
     def _recorded(self, num_sequences: int) -> _Results:
         """Of a step of one token each."""

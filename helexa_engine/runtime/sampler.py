@@ -80,6 +80,10 @@ class Logprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+#: What came of sampling one row: the token with its log probabilities if they were asked for, or why there is none.
+Outcome = tuple[int, Logprobs | None] | Exception
+
+
 @dataclass(slots=True)
 class _TokenCounts:
     """How often each distinct token occurred, as arrays that grow by one token in constant time."""
@@ -165,13 +169,17 @@ class Sampler:
         if not math.isfinite(logits[best]):
             raise _failure(float(logits[best]))
         token_id = best if self._temperature == 0.0 else self._draw(logits)
+        self.accept(token_id)
+        return token_id, None if raw is None else logprobs_of(raw, token_id, cast(int, self.params.logprobs))
+
+    def accept(self, token_id: int) -> None:
+        """Advances by a token. Raises whatever a grammar raises."""
         if self.grammar is not None:
             self.grammar.accept(token_id)
         for counts in (self._output, self._seen):
             if counts is not None:
                 counts.add(token_id)
         self.num_generated += 1
-        return token_id, None if raw is None else logprobs_of(raw, token_id, cast(int, self.params.logprobs))
 
     def _adjust(self, logits: Logits) -> bool:
         """Steps 1 to 4, in place; whether there was anything to do."""
@@ -212,6 +220,18 @@ class Sampler:
         """Uniform in [0, 1) from a counter: a keyed hash of the token's number (BLAKE2b as a pseudorandom function)."""
         digest = hashlib.blake2b(self.num_generated.to_bytes(8, "little"), key=self._key, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample_rows(samplers: Sequence[Sampler], logits: Logits, largest: Sequence[int] | None = None) -> list[Outcome]:
+    """:meth:`Sampler.sample` of each row of ``logits`` [len(samplers), V]: what goes wrong with one is its own outcome, for a grammar
+    may raise anything and the others are not to blame."""
+    outcomes: list[Outcome] = []
+    for i, (sampler, row) in enumerate(zip(samplers, logits, strict=True)):
+        try:
+            outcomes.append(sampler.sample(row, None if largest is None else largest[i]))
+        except Exception as error:
+            outcomes.append(error)
+    return outcomes
 
 
 def candidates(

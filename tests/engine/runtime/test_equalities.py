@@ -206,17 +206,21 @@ def test_prefix_hit_equals_cold_run(llm: LLM, model: Path, length: int, kv_dtype
 def logits_by_request(llm: LLM) -> Iterator[dict[str, list[torch.Tensor]]]:
     """The rows of logits that the first answer of each request is sampled from meanwhile."""
     engine, rows = llm._loaded.thread._engine, dict[str, list[torch.Tensor]]()
-    sample = engine._sample
+    sample = engine.runner.sample
 
-    def record(answer: Any, logits: Any, largest: Any) -> Any:
-        rows.setdefault(answer.sequence.request_id, []).append(torch.from_numpy(logits.copy()))
-        return sample(answer, logits, largest)
+    def record(hidden: Any, places: Any, samplers: Any) -> Any:
+        names = {answer.sampler: answer.sequence.request_id for answer in engine._answers.values()}
+        with recorded_logits(llm) as logits:
+            outcomes = sample(hidden, places, samplers)
+        for sampler, row in zip(samplers, logits, strict=True):
+            rows.setdefault(names[sampler], []).append(row)
+        return outcomes
 
-    engine._sample = record  # type: ignore[method-assign]
+    engine.runner.sample = record  # type: ignore[method-assign]
     try:
         yield rows
     finally:
-        del engine._sample  # type: ignore[method-assign]
+        del engine.runner.sample  # type: ignore[method-assign]
 
 
 @contextmanager
