@@ -1,6 +1,7 @@
 #include "bindings.h"
 
 #include "../check.h"
+#include "argmax.h"
 #include "cuda_error.h"
 #include "dequantize.h"
 #include "moe_router.h"
@@ -117,6 +118,18 @@ void bind(py::module_& module) {
       py::arg("chosen"), py::arg("pairs"), py::arg("num_experts"), py::arg("tile_rows"), py::arg("pair"),
       py::arg("place"), py::arg("tiles"), py::arg("num_tiles"), py::arg("stream") = 0,
       "Pairs sorted by expert, where each stands, and tiles (expert, first place, rows) of one expert each.");
+
+  module.def("argmax_scratch_words", &argmax_scratch_words, py::arg("rows"), py::arg("cols"),
+             "Words of eight bytes that argmax needs as scratch memory.");
+  module.def(
+      "argmax",
+      [](uintptr_t values, int64_t rows, int64_t cols, uintptr_t scratch, uintptr_t out, Stream stream) {
+        constexpr const char* f = "argmax";
+        argmax(pointer<const float>(values, f, "values"), rows, cols, pointer<uint64_t>(scratch, f, "scratch"),
+               pointer<int64_t>(out, f, "out"), stream);
+      },
+      py::arg("values"), py::arg("rows"), py::arg("cols"), py::arg("scratch"), py::arg("out"), py::arg("stream") = 0,
+      "out [rows]: the place of the largest of values [rows, cols], the first among equals; a NaN is the largest.");
 }
 
 }  // namespace helexa::cuda
