@@ -44,7 +44,9 @@ def byte_size(value: str | int) -> int:
 class EngineConfig:
     """How a model is loaded and run. Field help is the documentation of each."""
 
-    device: Literal["auto", "cpu"] = knob("auto", "where to run; auto takes the best device this build can use")
+    device: Literal["auto", "cpu", "cuda"] = knob(
+        "auto", "where to run; auto is cuda where this build, this machine and the model allow it"
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = knob(
         "auto", "storage type of unquantised weights; auto keeps what the file has"
     )
@@ -56,9 +58,10 @@ class EngineConfig:
         True, "keep weights quantised while loading on disk (HELEXA_CACHE), so that the next load maps them"
     )
     quant_cache_limit: str = knob("100GiB", "size of that cache; the least recently used models make room", flag=False)
-    kv_dtype: Literal["auto", "float32", "float16", "q8_0"] = knob(
+    kv_dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0"] = knob(
         "auto",
-        "storage type of keys and values; auto is float32 for float32 weights, else float16; q8_0 takes about half of that",
+        "storage type of keys and values; auto is bfloat16 on cuda, on the processor float32 for float32 weights, else float16; q8_0 "
+        "takes about half of that",
     )
     max_model_len: int | None = knob(
         None, "longest prompt plus answer in tokens; default: what the model allows and memory holds", low=1
@@ -66,6 +69,11 @@ class EngineConfig:
     max_num_seqs: int = knob(8, "sequences computed together", low=1, high=256)
     max_num_batched_tokens: int = knob(
         512, "most tokens in one step; longer prompts are computed in chunks", low=16, high=65536
+    )
+    cuda_graphs: bool = knob(
+        True,
+        "replay decode steps on CUDA as graphs; without them a step waits for Python and takes less memory",
+        flag=False,
     )
     max_step_seconds: float = knob(
         0.5,

@@ -51,22 +51,24 @@ class LLM:
         UnsupportedCheckpoint: the file is malformed or of a kind helexa cannot read.
         ModelDoesNotFit: weights and the context do not fit the memory; raised before anything is loaded.
         InvalidRequest: a bad argument, named.
+        BackendUnavailable: the device that was asked for cannot be used; the message says why.
     """
 
     def __init__(
         self,
         model: str | Path,
         *,
-        device: Literal["auto", "cpu"] = "auto",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
         quant: str | None = None,
         imatrix: str | None = None,
         quant_cache: bool = True,
         quant_cache_limit: str = "100GiB",
-        kv_dtype: Literal["auto", "float32", "float16", "q8_0"] = "auto",
+        kv_dtype: Literal["auto", "float32", "float16", "bfloat16", "q8_0"] = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 512,
+        cuda_graphs: bool = True,
         max_step_seconds: float = 0.5,
         memory_fraction: float = 0.9,
         prefix_cache: bool = True,

@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..config import EngineConfig, add_flags
-from ..errors import ModelDoesNotFit
+from ..config import EngineConfig, add_flags, byte_size
+from ..errors import InvalidRequest, ModelDoesNotFit
 from .options import add_config_flag, resolve_config
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=".gguf file, HuggingFace folder, hub id, or demo")
+    parser.add_argument(
+        "--free-memory", metavar="SIZE", help="plan for a device with so much free (80GiB), which need not be here"
+    )
     parser.add_argument("--json", action="store_true", help="for programs: one JSON object, also when it does not fit")
     add_config_flag(parser)
     add_flags(parser, EngineConfig)
@@ -24,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = resolve_config(arguments, "engine", EngineConfig)
     try:
-        facts = describe(arguments.model, config)
+        facts = describe(arguments.model, config, free_memory=arguments.free_memory)
     except ModelDoesNotFit as error:
         if not arguments.json:
             raise
@@ -34,10 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def describe(model: str, config: EngineConfig) -> dict[str, Any]:
+def describe(model: str, config: EngineConfig, *, free_memory: str | None = None) -> dict[str, Any]:
     """The plan of :func:`..runtime.plan.plan_model` as the object that ``--json`` prints; all sizes in bytes.
 
+    Args:
+        free_memory: size of what may be taken; default: what the device has free.
+
     Raises:
+        InvalidRequest: ``free_memory`` is no size.
         ModelNotFound, DownloadFailed: there is no such model.
         HelexaError: what loading it would raise before anything is loaded.
     """
@@ -49,8 +56,15 @@ def describe(model: str, config: EngineConfig) -> dict[str, Any]:
     if config.num_threads is not None and (core := native_core()) is not None:
         core.set_num_threads(config.num_threads)
     with located_headers(model, offline=config.offline) as path, open_checkpoint(path) as checkpoint:
-        plan = plan_model(checkpoint, config, name=model_name(model, path))
+        plan = plan_model(checkpoint, config, name=model_name(model, path), available=_free_bytes(free_memory))
         return facts_of(plan, config) | {"file_bytes": checkpoint.nbytes}
+
+
+def _free_bytes(text: str | None) -> int | None:
+    try:
+        return None if text is None else byte_size(text)
+    except ValueError:
+        raise InvalidRequest("--free-memory", f"expected a size such as 80GiB, got {text!r}") from None
 
 
 def facts_of(plan: ModelPlan, config: EngineConfig) -> dict[str, Any]:
@@ -66,6 +80,7 @@ def facts_of(plan: ModelPlan, config: EngineConfig) -> dict[str, Any]:
         "path": str(plan.path),
         "architecture": plan.architecture,
         "device": plan.device,
+        "why_device": plan.why_device,
         "available_bytes": memory.available_bytes,
         "budget_bytes": int(memory.available_bytes * config.memory_fraction),
         "total_bytes": memory.total_bytes,

@@ -52,8 +52,8 @@ class Attention:
             hidden_size,
             device,
         )
-        self._q_norm = RMSNorm(f"{prefix}.q_norm.weight", head_dim, eps)
-        self._k_norm = RMSNorm(f"{prefix}.k_norm.weight", head_dim, eps)
+        self._q_norm = RMSNorm(f"{prefix}.q_norm.weight", head_dim, eps, device)
+        self._k_norm = RMSNorm(f"{prefix}.k_norm.weight", head_dim, eps, device)
         self._out = Linear([(f"{prefix}.o_proj.weight", hidden_size)], num_heads * head_dim, device)
         self._attention = paged_attention.choose(device, head_dim=head_dim)
 

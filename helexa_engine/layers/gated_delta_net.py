@@ -46,10 +46,10 @@ class GatedDeltaNet:
         self._sizes = [channels, value_dim, num_v_heads, num_v_heads]
         names = [f"{prefix}.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")]
         self._in = Linear(list(zip(names, self._sizes, strict=True)), hidden_size, device)
-        self._conv_weight = FloatParameter((channels, conv_kernel))
-        self._a_coefficient = FloatParameter((num_v_heads,))
-        self._dt_bias = FloatParameter((num_v_heads,))
-        self._norm = RMSNorm(f"{prefix}.norm.weight", head_v_dim, eps)
+        self._conv_weight = FloatParameter((channels, conv_kernel), device)
+        self._a_coefficient = FloatParameter((num_v_heads,), device)
+        self._dt_bias = FloatParameter((num_v_heads,), device)
+        self._norm = RMSNorm(f"{prefix}.norm.weight", head_v_dim, eps, device)
         self._out = Linear([(f"{prefix}.out_proj.weight", hidden_size)], value_dim, device)
         self._own = {
             f"{prefix}.conv1d.weight": self._conv_weight,

@@ -65,14 +65,14 @@ class SparseMoe:
         self._norm_topk_prob = norm_topk_prob
         self._router_name, self._shared_gate_name = f"{prefix}.gate.weight", f"{prefix}.shared_expert_gate.weight"
         self._router: Any = None
-        self._router_parameter = FloatParameter((num_experts, hidden_size))
+        self._router_parameter = FloatParameter((num_experts, hidden_size), device)
         self._packed: Experts | None = None
         self._packed_shared: Experts | None = None
         self._experts = self._parameters(num_experts, width, hidden_size)
         self._names = [f"{prefix}.experts.{part}_proj.weight" for part in ("gate", "up", "down")]
         self._shared: Experts | None = None
         if shared_width:
-            self._shared_gate = FloatParameter((1, hidden_size))
+            self._shared_gate = FloatParameter((1, hidden_size), device)
             self._shared = self._parameters(0, shared_width, hidden_size)
             self._shared_names = [f"{prefix}.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")]
 

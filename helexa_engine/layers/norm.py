@@ -10,9 +10,9 @@ from .weight import FloatParameter, ParameterSlot
 class RMSNorm:
     """``w * x / sqrt(mean(x^2) + eps)``. ``weight`` is [size] float32; where HuggingFace has ``1 + w``, it is that sum."""
 
-    def __init__(self, name: str, size: int, eps: float) -> None:
+    def __init__(self, name: str, size: int, eps: float, device: str = "cpu") -> None:
         self._name = name
-        self._parameter = FloatParameter((size,))
+        self._parameter = FloatParameter((size,), device)
         self.eps = eps
 
     @property

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..ops.cuda import torch_device
 from ..quant.dequantize import dequantize
 from ..quant.types import QuantType
 
@@ -48,16 +49,17 @@ class ParameterSlot(Protocol):
 
 @dataclass(slots=True, eq=False)
 class FloatParameter:
-    """A vector or a small matrix, kept in float32 whatever the file has."""
+    """A vector or a small matrix, kept in float32 whatever the file has, where a model on ``device`` computes."""
 
     shape: tuple[int, ...]
+    device: str = "cpu"
     value: torch.Tensor | None = None
 
     def load(self, raw: RawTensor) -> None:
-        # A copy: the file may go.
-        self.value = torch.from_numpy(np.array(dequantize(raw.quant_type, raw.data, raw.shape)))
+        value = torch.from_numpy(np.array(dequantize(raw.quant_type, raw.data, raw.shape)))  # a copy: the file may go
         if raw.scales:
-            self.value *= raw.scales[0]
+            value *= raw.scales[0]
+        self.value = value.to(torch_device(self.device))
 
     def get(self) -> torch.Tensor:
         assert self.value is not None, "the checkpoint was not loaded"

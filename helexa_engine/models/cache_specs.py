@@ -6,9 +6,9 @@ from ..cache.spec import AttentionCacheSpec, CacheSpec, KvDtype, StateCacheSpec
 from .config import ModelConfig
 
 
-def cache_specs(config: ModelConfig, kv_dtype: KvDtype) -> list[CacheSpec]:
-    """One entry a layer: keys and values of attention, states of a gated delta net."""
-    attention = AttentionCacheSpec(config.num_key_value_heads, config.head_dim, kv_dtype)
+def cache_specs(config: ModelConfig, kv_dtype: KvDtype, device: str = "cpu") -> list[CacheSpec]:
+    """One entry a layer: keys and values of attention, states of a gated delta net; on ``device``, ``"cpu"`` or ``"cuda"``."""
+    attention = AttentionCacheSpec(config.num_key_value_heads, config.head_dim, kv_dtype, device=device)
     delta_net = StateCacheSpec(
         conv_channels=2 * config.linear_num_key_heads * config.linear_key_head_dim
         + config.linear_num_value_heads * config.linear_value_head_dim,

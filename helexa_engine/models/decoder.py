@@ -17,6 +17,7 @@ from ..layers.linear import Linear, MatrixParameter
 from ..layers.norm import RMSNorm
 from ..layers.rotary import rotary_table
 from ..layers.weight import ParameterSlot
+from ..ops.cuda import torch_device
 from .config import ModelConfig
 
 
@@ -41,13 +42,14 @@ class FeedForward(Protocol):
 class DecoderLayer:
     """norm > mixer > residual > norm > feed-forward > residual."""
 
-    def __init__(self, config: ModelConfig, layer_idx: int, mixer: Mixer, feed_forward: FeedForward) -> None:
+    def __init__(
+        self, config: ModelConfig, layer_idx: int, mixer: Mixer, feed_forward: FeedForward, device: str
+    ) -> None:
         prefix = layer_prefix(layer_idx)
-        self.input_norm = RMSNorm(f"{prefix}.input_layernorm.weight", config.hidden_size, config.rms_norm_eps)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RMSNorm(f"{prefix}.input_layernorm.weight", size, eps, device)
         self.mixer = mixer
-        self.post_attention_norm = RMSNorm(
-            f"{prefix}.post_attention_layernorm.weight", config.hidden_size, config.rms_norm_eps
-        )
+        self.post_attention_norm = RMSNorm(f"{prefix}.post_attention_layernorm.weight", size, eps, device)
         self.feed_forward = feed_forward
 
     def slots(self) -> dict[str, ParameterSlot]:
@@ -65,18 +67,20 @@ class Decoder(ABC):
     Args:
         config: the model's shape.
         max_model_len: positions the rotary table covers.
+        device: where it computes, ``"cpu"`` or ``"cuda"``.
     """
 
     def __init__(self, config: ModelConfig, max_model_len: int, device: str = "cpu") -> None:
         self.config = config
         self.device = device
-        self.rotary = rotary_table(config.rotary_dim, max_model_len, config.rope_theta, config.rope_scaling)
+        rotary = rotary_table(config.rotary_dim, max_model_len, config.rope_theta, config.rope_scaling)
+        self.rotary = rotary.to(torch_device(device))
         self.embedding = Embedding("model.embed_tokens.weight", config.vocab_size, config.hidden_size, device)
         self.layers = [
-            DecoderLayer(config, i, self.make_mixer(i), self.make_feed_forward(i))
+            DecoderLayer(config, i, self.make_mixer(i), self.make_feed_forward(i), device)
             for i in range(config.num_hidden_layers)
         ]
-        self.norm = RMSNorm("model.norm.weight", config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm("model.norm.weight", config.hidden_size, config.rms_norm_eps, device)
         if config.tie_word_embeddings:
             self.lm_head = Linear.tied(self.embedding.parameter)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 from ..errors import BackendUnavailable
@@ -17,14 +18,18 @@ RESERVED_BYTES = 512 << 20
 
 
 def diagnose() -> str | None:
-    """None where models can run on CUDA; else what is in the way and what to do about it. Imports torch only where the core has
-    kernels."""
+    """None where models can run on CUDA; else what is in the way and what to do about it. Imports torch only where there are
+    kernels and a driver."""
     if cuda.is_emulated():
         return None
     try:
         cuda.require_kernels()
     except BackendUnavailable as error:
         return error.message
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)"
     import torch
 
     if torch.version.cuda is None:

@@ -14,17 +14,19 @@ from ..cache.state_pool import StatePool
 from ..config import EngineConfig
 from ..generate_request import GenerateRequest
 from ..models.registry import model_class
+from ..ops.cuda import torch_device
 from ..ops.registry import native_core
+from ..ops.upload import end_uploads
 from ..text.request_processor import RequestProcessor
 from ..text.structured import GrammarCompiler
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
-from . import memory, quant_cache, saved_prefixes
+from . import quant_cache, saved_prefixes
 from .engine import Engine, OnPromptLogits
 from .engine_thread import EngineThread
 from .exchange import EngineRequest
 from .locate import locate_model, model_name
-from .memory import MemoryPlan
+from .memory import MemoryPlan, graph_sizes
 from .model_fingerprint import model_fingerprint
 from .model_info import ModelInfo, Progress
 from .model_runner import Model, ModelRunner
@@ -34,6 +36,7 @@ from .reserved_memory import ReservedMemory
 from .routes import Receive, Routes
 from .saved_prefixes import SavedPrefixes
 from .scheduler import Scheduler
+from .step_inputs import Scratch
 from .text_side import request_processor
 
 log = logging.getLogger(__name__)
@@ -104,7 +107,7 @@ def load_engine(
 ) -> LoadedEngine:
     """Loads a model. Blocks; see :class:`helexa_engine.LLM` for arguments and errors.
 
-    Of ``available`` bytes, or fewer where this machine has not as many, it takes its share; default: of all that the machine has.
+    Of ``available`` bytes, or fewer where the device has not as many, it takes its share; default: of all that the device has.
     """
     if (core := native_core()) is not None:
         core.pin_threads(config.pin_threads)
@@ -116,36 +119,34 @@ def load_engine(
     report("reading the checkpoint", 0.0)
     with open_checkpoint(path) as checkpoint:
         build = model_class(checkpoint.architecture, checkpoint.where)
-        free = memory.available_bytes()
-        plan = plan_model(
-            checkpoint,
-            config,
-            name=model_name(model, path),
-            available=free if available is None else min(free, available),
-        )
+        plan = plan_model(checkpoint, config, name=model_name(model, path), limit=available)
+        log.info("%s: on %s (%s)", path.name, plan.device, plan.why_device)
         log.info("%s: %s; keys and values in %s", path.name, plan.memory, plan.kv_dtype)
         report("reading the tokenizer", 0.0)
         processor = request_processor(checkpoint)
         processor.tokenizer.check_fits(plan.config.vocab_size)
         report("loading weights", 0.0)
-        net = build(plan.config, plan.memory.max_model_len)
+        net = build(plan.config, plan.memory.max_model_len, plan.device)
         cached = _cached(checkpoint, config, plan.name, report) if plan.from_quant_cache else None
-        load_weights(
-            net,
-            cached or checkpoint,
-            dtype=config.dtype,
-            quant=None if cached else config.quant,
-            mmap_experts=config.mmap_experts,
-            progress=report,
-        )
+        try:
+            load_weights(
+                net,
+                cached or checkpoint,
+                dtype=config.dtype,
+                quant=None if cached else config.quant,
+                mmap_experts=config.mmap_experts,
+                progress=report,
+            )
+        finally:
+            end_uploads()
     report("reserving memory", 0.0)
-    engine = build_engine(net, plan.specs, plan.memory, config, plan.config.vocab_size)
+    engine = build_engine(net, plan.specs, plan.memory, config, plan.config.vocab_size, plan.device)
     if config.prefix_cache_folder is not None:
         report("restoring prefixes", 0.0)
         loaded = replace(config, quant=None) if cached else config
         engine.saved = _saved_prefixes(
             saved_prefixes.file_path(config.prefix_cache_folder, plan.name, path),
-            model_fingerprint(cached or checkpoint, plan.config, plan.specs, loaded),
+            model_fingerprint(cached or checkpoint, plan.config, plan.specs, loaded, plan.device),
             prefix_limit,
             engine,
         )
@@ -194,21 +195,34 @@ def _saved_prefixes(path: Path, fingerprint: dict[str, str], limit: int, engine:
 
 
 def build_engine(
-    model: Model, specs: list[CacheSpec], memory: MemoryPlan, config: EngineConfig, vocab_size: int
+    model: Model,
+    specs: list[CacheSpec],
+    memory: MemoryPlan,
+    config: EngineConfig,
+    vocab_size: int,
+    device: str = "cpu",
 ) -> Engine:
     """An engine over a loaded model, with its KV pages and states reserved."""
     pages_per_seq = -(-memory.max_model_len // PAGE_SIZE)
     has_states = any(isinstance(spec, StateCacheSpec) for spec in specs)
-    num_slots = config.max_num_seqs + memory.num_snapshots
+    num_pages, num_slots = memory.num_pages, config.max_num_seqs + memory.num_snapshots
     pool = PagePool(memory.num_pages)
     prefixes = None
     if config.prefix_cache and not has_states:
         prefixes = PrefixCache(pool)
     elif config.prefix_cache and memory.num_snapshots:
         prefixes = PrefixCache(pool, StatePool(memory.num_snapshots, first=config.max_num_seqs))
-    reserved = ReservedMemory(memory.kv_bytes + memory.state_bytes + memory.snapshot_bytes, num_tensors=2 * len(specs))
+    scratch = None
+    if device == "cuda" and config.cuda_graphs:
+        scratch = Scratch(page=num_pages, state_slot=num_slots)
+        num_pages, num_slots = num_pages + 1, num_slots + 1
+    nbytes = sum(
+        num_pages * spec.page_bytes if isinstance(spec, AttentionCacheSpec) else num_slots * spec.slot_bytes
+        for spec in specs
+    )
+    reserved = ReservedMemory(nbytes, 2 * len(specs), torch_device(device))
     caches = [
-        spec.allocate(memory.num_pages if isinstance(spec, AttentionCacheSpec) else num_slots, reserved.zeros)
+        spec.allocate(num_pages if isinstance(spec, AttentionCacheSpec) else num_slots, reserved.zeros)
         for spec in specs
     ]
     runner = ModelRunner(
@@ -218,6 +232,9 @@ def build_engine(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_pages_per_seq=pages_per_seq,
+        device=device,
+        graph_sizes=graph_sizes(config.max_num_seqs) if scratch else (),
+        scratch=scratch,
     )
     scheduler = Scheduler(
         pool,

@@ -20,6 +20,9 @@ LOGITS_ROWS = 32
 #: for a small model; and the more sequences, the less does a call through Python weigh.
 MOST_RECORDED = 4
 
+#: Decode steps of up to this many sequences are replayed as CUDA graphs; beyond it a step computes longer than its launches take.
+MOST_GRAPHED = 64
+
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2**63 for "max"
 
 
@@ -147,6 +150,12 @@ def plan(
         snapshot_bytes=snapshot_bytes,
         position_bytes=position_bytes,
     )
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Numbers of sequences that have a CUDA graph each, ascending: powers of two, and the most there may be."""
+    most = min(max_num_seqs, MOST_GRAPHED)
+    return [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
 
 
 def _ceil(tokens: int, page_size: int) -> int:

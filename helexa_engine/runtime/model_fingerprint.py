@@ -20,21 +20,24 @@ from ..ops.registry import native_core
 from ..version import __version__
 from ..weights.checkpoint import Checkpoint
 from ..weights.file_facts import facts, head_digest, source_files
+from . import cuda_device
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def model_fingerprint(
-    checkpoint: Checkpoint, model_config: ModelConfig, specs: Sequence[CacheSpec], config: EngineConfig
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    specs: Sequence[CacheSpec],
+    config: EngineConfig,
+    device: str = "cpu",
 ) -> dict[str, str]:
-    """By what it is called in a message. ``checkpoint`` is the one whose tensors were loaded.
+    """By what it is called in a message. ``checkpoint`` is the one whose tensors were loaded, for ``device``.
 
     Two runs with the same fingerprint compute the same bits: what is left out (threads, seats, the length of the context, how prompts
     are cut into chunks) changes none. It errs to the other side: a file that was copied or touched is another.
     """
-    core = native_core()
-    arithmetic = ["plain PyTorch" if core is None else core.cpu_isa(), f"torch {torch.__version__}"]
-    arithmetic += [torch.backends.cpu.get_cpu_capability(), _processor(), "".join(platform.libc_ver())]
+    arithmetic = [f"torch {torch.__version__}", *(_cuda() if device == "cuda" else _cpu())]
     arithmetic += [f"{op}={name}" for op, name in sorted(env.forced_ops().items())]
     return {
         "helexa": __version__,
@@ -47,6 +50,16 @@ def model_fingerprint(
         "kv_dtype": ", ".join(sorted({spec.dtype for spec in specs if hasattr(spec, "dtype")})),
         "page_size": str(PAGE_SIZE),
     }
+
+
+def _cpu() -> list[str]:
+    core = native_core()
+    level = "plain PyTorch" if core is None else core.cpu_isa()
+    return [level, torch.backends.cpu.get_cpu_capability(), _processor(), "".join(platform.libc_ver())]
+
+
+def _cuda() -> list[str]:
+    return [cuda_device.name(), f"CUDA {torch.version.cuda}"]
 
 
 def _digest(value: Any) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from ..cache.spec import PAGE_SIZE, AttentionCacheSpec, CacheSpec, KvDtype, StateCacheSpec
 from ..config import EngineConfig
-from ..errors import InvalidRequest
+from ..errors import BackendUnavailable, InvalidRequest
 from ..models.cache_specs import cache_specs
 from ..models.config import ModelConfig
+from ..ops import cuda
+from ..ops.argmax import argmax
 from ..ops.causal_conv1d import causal_conv1d
 from ..ops.gated_delta_rule import gated_delta_rule
 from ..ops.moe_matmul import moe_matmul
@@ -25,11 +27,9 @@ from ..ops.registry import Choice, native_core
 from ..quant import mixes, types
 from ..weights.checkpoint import Checkpoint
 from ..weights.loader import LoadedTensor, loaded_tensors
-from . import memory, quant_cache
-from .memory import LOGITS_ROWS, MOST_RECORDED, MemoryPlan, available_bytes
-
-#: Tokens that ``moe_matmul`` computes together (``kSliceRows`` of csrc/cpu/moe_matmul.cpp).
-SLICE_ROWS = 512
+from . import cuda_device, memory, quant_cache
+from .memory import MemoryPlan, available_bytes
+from .workspace import workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ class ModelPlan:
         name: what the model is called.
         path: file or folder.
         architecture: GGUF's word for it.
-        device: where it runs.
+        device: where it runs, ``cpu`` or ``cuda``.
+        why_device: why it runs there.
         config: its shape.
         specs: what each layer remembers.
         kv_dtype: storage type of keys and values.
@@ -54,6 +55,7 @@ class ModelPlan:
     path: Path
     architecture: str
     device: str
+    why_device: str
     config: ModelConfig
     specs: list[CacheSpec]
     kv_dtype: KvDtype
@@ -64,18 +66,20 @@ class ModelPlan:
 
 
 def plan_model(
-    checkpoint: Checkpoint, config: EngineConfig, *, name: str, available: int | None = None, device: str = "cpu"
+    checkpoint: Checkpoint, config: EngineConfig, *, name: str, available: int | None = None, limit: int | None = None
 ) -> ModelPlan:
     """Plans loading ``checkpoint``, which is left in the order of value heads that loading needs.
 
     Args:
-        available: bytes that may be taken; default: what this machine has.
+        available: bytes that may be taken; default: what the device has free. With them it is a plan for any machine, and a CUDA device
+            need not be here.
+        limit: bytes to make do with where more are available.
 
     Raises:
         ModelDoesNotFit: with the bytes that are missing.
         InvalidRequest: a setting that this model or another setting excludes.
         UnsupportedCheckpoint: its shape makes no sense, or no model here has it.
-        BackendUnavailable: ``HELEXA_OPS`` or ``HELEXA_CPU_ISA`` asks for what cannot run.
+        BackendUnavailable: the device, ``HELEXA_OPS`` or ``HELEXA_CPU_ISA`` asks for what cannot run.
     """
     if config.quant is not None:
         checkpoint.tile_value_heads()
@@ -87,9 +91,14 @@ def plan_model(
             "expected quant beside it, quant_cache on and weights that are not quantised yet: importances count when a "
             "quantised file is written",
         )
-    kv_dtype = _kv_dtype(config, checkpoint)
-    specs = cache_specs(model, kv_dtype)
-    kernels = _kernels(model, device)
+    device, why_device, kernels = _device_and_kernels(model, config, is_here=available is None)
+    where = "this machine" if device == "cpu" else device
+    if available is None and device == "cuda":
+        available, where = cuda_device.free_bytes(), cuda_device.name()
+    elif available is None:
+        available = available_bytes()
+    kv_dtype = _kv_dtype(config, checkpoint, device)
+    specs = cache_specs(model, kv_dtype, device)
     tensors = loaded_tensors(
         checkpoint,
         dtype=config.dtype,
@@ -106,6 +115,7 @@ def plan_model(
         path=checkpoint.path,
         architecture=checkpoint.architecture,
         device=device,
+        why_device=why_device,
         config=model,
         specs=specs,
         kv_dtype=kv_dtype,
@@ -114,7 +124,9 @@ def plan_model(
             specs,
             config,
             type_bytes.total(),
-            available_bytes() if available is None else available,
+            available if limit is None else min(available, limit),
+            device=device,
+            where=where,
             mapped_bytes=sum(tensor.nbytes for tensor in tensors if tensor.mapped),
         ),
         type_bytes=dict(type_bytes.most_common()),
@@ -123,21 +135,53 @@ def plan_model(
     )
 
 
-def _kernels(model: ModelConfig, device: str) -> dict[str, Choice]:
+def _device_and_kernels(
+    model: ModelConfig, config: EngineConfig, *, is_here: bool
+) -> tuple[str, str, dict[str, Choice]]:
+    """Where the model runs, why there, and what its layers will choose there. ``auto`` is CUDA where every op has a kernel for this model
+    and nothing else is in the way.
+
+    Raises:
+        BackendUnavailable, InvalidRequest: it was to be CUDA, and cannot be.
+    """
+    if config.device == "cpu":
+        return "cpu", "asked for", _kernels(model, "cpu")
+    reason = cuda_device.diagnose() if is_here or config.device == "auto" else None
+    if reason is not None:
+        if config.device == "cuda":
+            cuda_device.require_cuda()
+        return "cpu", f"not cuda: {reason}", _kernels(model, "cpu")
+    if config.mmap_experts:
+        reason = "expected false on cuda: experts in the mapped file are computed on the processor"
+        if config.device == "cuda":
+            raise InvalidRequest("mmap_experts", reason)
+        return "cpu", f"mmap_experts: {reason}", _kernels(model, "cpu")
+    kernels = _kernels(model, "cuda", is_here=is_here)
+    slow = "; ".join(f"{op}: {choice.why}" for op, choice in kernels.items() if choice.is_fallback)
+    if slow and not cuda.is_emulated():
+        if config.device == "cuda":
+            raise BackendUnavailable(f"device cuda: there are no kernels for this model: {slow}")
+        return "cpu", f"cuda has no kernels for this model: {slow}", _kernels(model, "cpu")
+    return "cuda", "asked for" if config.device == "cuda" else "it can be used", kernels
+
+
+def _kernels(model: ModelConfig, device: str, *, is_here: bool = True) -> dict[str, Choice]:
     """What the layers will choose, by op."""
-    matmul = quant_matmul.decide(device, in_features=model.hidden_size)
+    matmul = quant_matmul.decide(device, is_here=is_here, in_features=model.hidden_size)
     found = {
-        "quant_embedding": quant_embedding.decide(device, packed_by=matmul.implementation),
+        "quant_embedding": quant_embedding.decide(device, is_here=is_here, packed_by=matmul.implementation),
         "quant_matmul": matmul,
-        "paged_attention": paged_attention.decide(device, head_dim=model.head_dim),
+        "paged_attention": paged_attention.decide(device, is_here=is_here, head_dim=model.head_dim),
     }
     if "linear_attention" in model.layer_types:
-        found["causal_conv1d"] = causal_conv1d.decide(device, kernel_size=model.linear_conv_kernel_dim)
+        found["causal_conv1d"] = causal_conv1d.decide(device, is_here=is_here, kernel_size=model.linear_conv_kernel_dim)
         found["gated_delta_rule"] = gated_delta_rule.decide(
-            device, head_k_dim=model.linear_key_head_dim, head_v_dim=model.linear_value_head_dim
+            device, is_here=is_here, head_k_dim=model.linear_key_head_dim, head_v_dim=model.linear_value_head_dim
         )
     if model.num_experts:
-        found["moe_matmul"] = moe_matmul.decide(device, hidden_size=model.hidden_size)
+        found["moe_matmul"] = moe_matmul.decide(device, is_here=is_here, hidden_size=model.hidden_size)
+    if device == "cuda":  # on the CPU the runner takes it or leaves it
+        found["argmax"] = argmax.decide(device, is_here=is_here)
     return found
 
 
@@ -163,10 +207,12 @@ def _bytes_in_memory(tensor: LoadedTensor, model: ModelConfig, kernels: dict[str
     return packed_bytes(kernels[op].implementation, tensor.quant_type, shape)
 
 
-def _kv_dtype(config: EngineConfig, checkpoint: Checkpoint) -> KvDtype:
-    """``auto`` is float32 where the matrices are float32, else float16."""
+def _kv_dtype(config: EngineConfig, checkpoint: Checkpoint, device: str) -> KvDtype:
+    """``auto`` is bfloat16 on CUDA; on the CPU float32 where the matrices are float32, else float16."""
     if config.kv_dtype != "auto":
         return config.kv_dtype
+    if device == "cuda":
+        return "bfloat16"
     if config.quant is not None:
         return "float16"
     if config.dtype != "auto":
@@ -181,9 +227,16 @@ def plan_memory(
     config: EngineConfig,
     weight_bytes: int,
     available: int,
+    *,
+    device: str = "cpu",
+    where: str = "this machine",
     mapped_bytes: int = 0,
 ) -> MemoryPlan:
-    """The memory of a model of this shape with ``available`` bytes. Raises :class:`ModelDoesNotFit`, :class:`InvalidRequest`."""
+    """The memory of a model of this shape with ``available`` bytes on ``device``, which messages call ``where``.
+
+    Raises:
+        ModelDoesNotFit, InvalidRequest.
+    """
     needed = PAGE_SIZE + config.max_num_seqs - 1
     if config.max_num_batched_tokens < needed:
         raise InvalidRequest(
@@ -195,12 +248,17 @@ def plan_memory(
         raise InvalidRequest(
             "snapshot_interval", f"expected a multiple of {PAGE_SIZE} tokens, got {config.snapshot_interval}"
         )
+    page_bytes = sum(spec.page_bytes for spec in specs if isinstance(spec, AttentionCacheSpec))
+    slot_bytes = sum(spec.slot_bytes for spec in specs if isinstance(spec, StateCacheSpec))
+    workspace = workspace_bytes(model_config, config, device)
+    if device == "cuda" and config.cuda_graphs:
+        workspace += page_bytes + slot_bytes  # for the rows that fill a graph's batch up
     return memory.plan(
         weight_bytes=weight_bytes,
-        page_bytes=sum(spec.page_bytes for spec in specs if isinstance(spec, AttentionCacheSpec)),
+        page_bytes=page_bytes,
         page_size=PAGE_SIZE,
-        workspace_bytes=_workspace_bytes(model_config, config),
-        state_slot_bytes=sum(spec.slot_bytes for spec in specs if isinstance(spec, StateCacheSpec)),
+        workspace_bytes=workspace,
+        state_slot_bytes=slot_bytes,
         position_page_bytes=4 * (PAGE_SIZE * model_config.rotary_dim + config.max_num_seqs),
         model_max_len=model_config.max_position_embeddings,
         max_model_len=config.max_model_len,
@@ -209,31 +267,5 @@ def plan_memory(
         memory_fraction=config.memory_fraction,
         mapped_bytes=mapped_bytes,
         num_snapshots=config.state_snapshots if config.prefix_cache else 0,
+        device=where,
     )
-
-
-def _workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Float32 activations of the largest step, the logits, and what the recorded decode steps keep.
-
-    The step's are counted three times, and every buffer of a layer though no two blocks need theirs at one time: the system's
-    allocator keeps what was freed in pieces that do not suit what is asked for next, and that was measured to be so much.
-    """
-    heads = model.num_attention_heads * (2 if model.attn_output_gate else 1) + 2 * model.num_key_value_heads
-    attention = (heads + model.num_attention_heads) * model.head_dim  # q|k|v and the context
-    values = model.linear_num_value_heads * model.linear_value_head_dim
-    conv = 2 * model.linear_num_key_heads * model.linear_key_head_dim + values
-    delta_net = 2 * conv + 2 * values + 2 * model.linear_num_value_heads
-    mixers = [attention if kind == "full_attention" else delta_net for kind in model.layer_types]
-    experts = 0
-    if model.num_experts:
-        # The chosen experts of a slice's tokens: inputs side by side, gated products and outputs. Then the router's inputs and logits.
-        widths = (model.num_experts_per_tok, model.moe_intermediate_size), (1, model.shared_expert_intermediate_size)
-        chosen = sum(count * 2 * (width + model.hidden_size) for count, width in widths if width)
-        experts = min(config.max_num_batched_tokens, SLICE_ROWS) * (chosen + 2 * model.hidden_size + model.num_experts)
-    step = config.max_num_batched_tokens * (model.hidden_size + max(mixers) + model.intermediate_size)
-    logits = max(config.max_num_seqs, LOGITS_ROWS) * (model.vocab_size + model.hidden_size)
-    most_recorded = min(config.max_num_seqs, MOST_RECORDED)
-    sequences = most_recorded * (most_recorded + 1) // 2
-    layers = sum(mixers) + len(mixers) * model.intermediate_size
-    recorded = sequences * (model.hidden_size + layers + model.vocab_size)
-    return 4 * (3 * step + experts + logits + recorded)

@@ -9,6 +9,7 @@ import torch
 from ..ops.registry import native_core
 
 _ALIGNMENT = 64
+_HERE = torch.device("cpu")
 
 
 class ReservedMemory:
@@ -16,26 +17,32 @@ class ReservedMemory:
 
     Reserved means resident: Linux grants addresses without having memory for them, and would end the process when it comes to use
     them. So every page is made to exist here, by the kernel, which clears it anyway (nothing is written over that), on all threads and
-    in huge pages where there are such. What does not fit fails now. Without the native core torch writes the zeros.
+    in huge pages where there are such. What does not fit fails now. Without the native core torch writes the zeros. On a device torch
+    takes each tensor for itself: there what was granted is there.
 
     Args:
         nbytes: of all tensors together.
         num_tensors: how many they will be; each begins at a boundary of 64 bytes.
+        device: where they are.
 
     Raises:
         MemoryError: the system has not as much.
     """
 
-    def __init__(self, nbytes: int, num_tensors: int) -> None:
-        core = native_core()
+    def __init__(self, nbytes: int, num_tensors: int, device: torch.device = _HERE) -> None:
+        core = native_core() if device.type == "cpu" else None
+        self._device = device
         self._memory = None if core is None else core.ZeroedMemory(nbytes + num_tensors * _ALIGNMENT)
         self._used = 0
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A tensor of the next bytes, which it keeps alive."""
+        """A tensor of the next bytes, which it keeps alive. Raises MemoryError when a device has not as much."""
         count = math.prod(shape)
         if self._memory is None or count == 0:
-            return torch.zeros(*shape, dtype=dtype)
+            try:
+                return torch.zeros(*shape, dtype=dtype, device=self._device)
+            except torch.OutOfMemoryError as error:
+                raise MemoryError(str(error)) from None
         start = self._used
         self._used += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=start).view(shape)

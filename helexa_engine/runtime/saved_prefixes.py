@@ -41,10 +41,8 @@ from .. import config
 from ..errors import InvalidRequest
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from ..cache.prefix_cache import Node, PrefixCache
+    from .cache_rows import CacheRows
     from .model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -119,8 +117,8 @@ class SavedPrefixes:
         self._pages = runner.page_memory()
         self._states = runner.state_memory()
         self._key_bytes = _WORD.size * runner.page_size
-        self._page_bytes = sum(tensor.shape[1] for tensor in self._pages)
-        self._state_bytes = sum(tensor.shape[1] for tensor in self._states)
+        self._page_bytes = sum(tensor.nbytes for tensor in self._pages)
+        self._state_bytes = sum(tensor.nbytes for tensor in self._states)
         self._clock = clock
         self._not_before = 0.0
         self._num_saved = 0  # of the cache's ``num_kept``; what is restored does not count there
@@ -227,10 +225,10 @@ class SavedPrefixes:
             if stop():
                 break
             assert node.parent is not None
-            parts = [_PAIR.pack(numbers[node.parent], ranks.get(node, NO_SNAPSHOT)), node.key]
-            parts += [tensor[node.page].data for tensor in self._pages]
+            parts: list[bytes | memoryview] = [_PAIR.pack(numbers[node.parent], ranks.get(node, NO_SNAPSHOT)), node.key]
+            parts += [tensor.read(node.page).data for tensor in self._pages]
             if node.snapshot is not None:
-                parts += [tensor[node.snapshot].data for tensor in self._states]
+                parts += [tensor.read(node.snapshot).data for tensor in self._states]
             num_written += 1
             numbers[node] = num_written
             checksum = zlib.crc32(_WORD.pack(num_written))
@@ -322,12 +320,12 @@ class SavedPrefixes:
         try:
             checksum = zlib.crc32(key, zlib.crc32(first, zlib.crc32(_WORD.pack(number))))
             for tensor in self._pages:
-                checksum = _read_into(file, tensor[page], checksum)
+                checksum = _read_into(file, tensor, page, checksum)
             for tensor in self._states if has_snapshot else ():
                 if slot is not None:
-                    checksum = _read_into(file, tensor[slot], checksum)
+                    checksum = _read_into(file, tensor, slot, checksum)
                 else:
-                    checksum = zlib.crc32(_read(file, tensor.shape[1]), checksum)
+                    checksum = zlib.crc32(_read(file, tensor.nbytes), checksum)
             if _read(file, _WORD.size) != _WORD.pack(checksum):
                 raise _Unusable(f"record {number} is damaged")
         except BaseException:
@@ -345,11 +343,13 @@ def _read(file: IO[bytes], count: int) -> bytes:
     return data
 
 
-def _read_into(file: IO[bytes], row: npt.NDArray[np.uint8], checksum: int) -> int:
-    """Fills ``row`` from the file. Returns the checksum that goes on from ``checksum``."""
-    if file.readinto(row.data) < row.nbytes:  # type: ignore[attr-defined]
+def _read_into(file: IO[bytes], rows: CacheRows, row: int, checksum: int) -> int:
+    """Fills a row from the file. Returns the checksum that goes on from ``checksum``."""
+    buffer = rows.buffer(row)
+    if file.readinto(buffer.data) < buffer.nbytes:  # type: ignore[attr-defined]
         raise _Unusable("it is cut short")
-    return zlib.crc32(row.data, checksum)
+    rows.write(row)
+    return zlib.crc32(buffer.data, checksum)
 
 
 def _private(path: str, flags: int) -> int:

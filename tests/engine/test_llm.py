@@ -72,7 +72,7 @@ def test_its_settings_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -
     settings |= {"kv_dtype": "float32", "max_model_len": 7, "max_num_seqs": 3, "max_num_batched_tokens": 99}
     settings |= {"max_step_seconds": 0.25, "memory_fraction": 0.5, "seed": 11, "num_threads": 2}
     settings |= {"prefix_cache": False, "prefix_cache_folder": "prefixes", "prefix_cache_limit": "1GiB"}
-    settings |= {"state_snapshots": 5, "snapshot_interval": 128}
+    settings |= {"state_snapshots": 5, "snapshot_interval": 128, "cuda_graphs": False}
     LLM("somewhere", **settings)
     assert loaded == [("somewhere", EngineConfig(**settings), None)]
     assert all(settings[name] != default for name, (_, default) in spelled.items()), "a value of its own for each"
@@ -323,10 +323,10 @@ def test_a_context_beyond_the_model(folder: Path) -> None:
 
 
 def test_out_of_memory_is_foreseen_before_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helexa_engine.runtime import memory
+    from helexa_engine.runtime import plan
 
     stages: list[str] = []
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2_000_000)
+    monkeypatch.setattr(plan, "available_bytes", lambda: 2_000_000)
     with pytest.raises(ModelDoesNotFit) as caught:
         LLM(folder, progress=lambda stage, _: stages.append(stage))
     assert caught.value.needed_bytes > caught.value.free_bytes > 0

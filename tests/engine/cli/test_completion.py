@@ -32,7 +32,7 @@ def complete(source: str, *words: str) -> set[str]:
         (["helexa", ""], {*COMMANDS, "--help", "--version"}),
         (["helexa", "do"], {"doctor"}),
         (["helexa", "run", "--temp"], {"--temperature"}),
-        (["helexa", "run", "--kv-dtype", ""], {"auto", "float32", "float16", "q8_0"}),
+        (["helexa", "run", "--kv-dtype", ""], {"auto", "float32", "float16", "bfloat16", "q8_0"}),
         (["helexa", "completion", ""], {*SCRIPTS, "-h", "--help"}),
         (["helexa", "doctor", "--temp"], set()),
         (["helexa", "rm", "--y"], {"--yes"}),
