@@ -45,17 +45,21 @@ HELEXA_VALUE float value(const block_q1_0& b, int g, int i) {
 HELEXA_VALUE float value(const block_iq4_nl& b, int, int i) {
   return float_from_half(b.d) * float(kIq4Values[nibble(b.qs, i)]);
 }
+// Half of two to the power of e - 127: the values are doubled.
+HELEXA_VALUE float mxfp4_scale(int e) { return float_from_bits(e < 2 ? 0x00200000u << e : uint32_t(e - 1) << 23); }
 HELEXA_VALUE float value(const block_mxfp4& b, int, int i) {
-  const float d = float_from_bits(b.e < 2 ? 0x00200000u << b.e : uint32_t(b.e - 1) << 23);
-  return d * float(kE2m1Doubled[nibble(b.qs, i)]);
+  return mxfp4_scale(b.e) * float(kE2m1Doubled[nibble(b.qs, i)]);
 }
-HELEXA_VALUE float value(const block_nvfp4& b, int g, int i) {
-  const int s = 2 * g + i / 16, code = b.d[s], exponent = code >> 3 & 15, mantissa = code & 7;
-  // An unsigned float of four exponent and three mantissa bits, halved because the values are doubled.
+// An unsigned float of four exponent and three mantissa bits, halved because the values are doubled.
+HELEXA_VALUE float nvfp4_scale(int code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
   const float scale = exponent == 0 ? float(mantissa) * 0x1p-9f
                                     : float(8 + mantissa) * float_from_bits(uint32_t(exponent - 10 + 127) << 23);
-  const float d = code == 0 || code == 0x7f ? 0.0f : scale * 0.5f;
-  return d * float(kE2m1Doubled[b.qs[s][i % 8] >> (i / 8 % 2 * 4) & 15]);
+  return code == 0 || code == 0x7f ? 0.0f : scale * 0.5f;
+}
+HELEXA_VALUE float value(const block_nvfp4& b, int g, int i) {
+  const int s = 2 * g + i / 16;
+  return nvfp4_scale(b.d[s]) * float(kE2m1Doubled[b.qs[s][i % 8] >> (i / 8 % 2 * 4) & 15]);
 }
 
 HELEXA_VALUE int two_bits(const uint8_t (*qs)[32], int g, int i) { return qs[g / 4][i] >> (g % 4 * 2) & 3; }
@@ -101,10 +105,10 @@ HELEXA_VALUE float value(const block_q6_K& b, int g, int i) {
 }
 
 // Five digits to the base of three in a byte, as a fraction: times 3^digit, its top digit is times 3 over 256.
-HELEXA_VALUE int ternary(uint8_t byte, int digit) {
-  const int powers = digit == 0 ? 1 : digit == 1 ? 3 : digit == 2 ? 9 : digit == 3 ? 27 : 81;
-  return (uint8_t(byte * powers) * 3 >> 8) - 1;
+HELEXA_VALUE int power_of_three(int digit) {
+  return digit == 0 ? 1 : digit == 1 ? 3 : digit == 2 ? 9 : digit == 3 ? 27 : 81;
 }
+HELEXA_VALUE int ternary(uint8_t byte, int digit) { return (uint8_t(byte * power_of_three(digit)) * 3 >> 8) - 1; }
 HELEXA_VALUE float value(const block_tq1_0& b, int g, int i) {
   const float d = float_from_half(b.d);
   if (g < 5) return d * float(ternary(b.qs[i], g));
@@ -131,43 +135,58 @@ HELEXA_VALUE uint32_t word_at(const uint8_t* p) {
   return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
 }
 
-// Vector v of a block: 8 values, 4 of the IQ3 types.
-HELEXA_VALUE GridVector grid_vector(const block_iq2_xxs& b, int v) {
+// Vector v of a block: 8 values, 4 of the IQ3 types. `Block` has the members of the type's block, as arrays or as
+// pointers to where they lie.
+template <class Block>
+HELEXA_VALUE GridVector iq2_xxs_vector(const Block& b, int v) {
   const uint16_t* group = b.qs + v / 4 * 4;
   const int index = group[v % 4 / 2] >> (v % 2 * 8) & 255;
   const uint32_t word = group[2] | uint32_t(group[3]) << 16;
   const float scale = float_from_half(b.d) * (0.5f + float(word >> 28)) * 0.25f;
   return {scale, kIq2XxsGrid[index], kEvenSigns[word >> 7 * (v % 4) & 127], 0.0f};
 }
-HELEXA_VALUE GridVector grid_vector(const block_iq2_xs& b, int v) {
+template <class Block>
+HELEXA_VALUE GridVector iq2_xs_vector(const Block& b, int v) {
   const float scale = float_from_half(b.d) * (0.5f + float(b.scales[v / 4] >> (v / 2 % 2 * 4) & 15)) * 0.25f;
   return {scale, kIq2XsGrid[b.qs[v] & 511], kEvenSigns[b.qs[v] >> 9], 0.0f};
 }
-HELEXA_VALUE GridVector grid_vector(const block_iq2_s& b, int v) {
+template <class Block>
+HELEXA_VALUE GridVector iq2_s_vector(const Block& b, int v) {
   const float scale = float_from_half(b.d) * (0.5f + float(b.scales[v / 4] >> (v / 2 % 2 * 4) & 15)) * 0.25f;
   return {scale, kIq2SGrid[b.qs[v] | (b.qh[v / 4] >> (v % 4 * 2) & 3) << 8], b.signs[v], 0.0f};
 }
-HELEXA_VALUE GridVector grid_vector(const block_iq3_xxs& b, int v) {
+template <class Block>
+HELEXA_VALUE GridVector iq3_xxs_vector(const Block& b, int v) {
   const uint32_t word = word_at(b.signs_scale + v / 8 * 4);
   const float scale = float_from_half(b.d) * (0.5f + float(word >> 28)) * 0.5f;
   return {scale, kIq3XxsGrid[b.qs[v]], kEvenSigns[word >> 7 * (v / 2 % 4) & 127] >> (v % 2 * 4), 0.0f};
 }
-HELEXA_VALUE GridVector grid_vector(const block_iq3_s& b, int v) {
+template <class Block>
+HELEXA_VALUE GridVector iq3_s_vector(const Block& b, int v) {
   const float scale = float_from_half(b.d) * (1 + 2 * float(b.scales[v / 16] >> (v / 8 % 2 * 4) & 15));
   return {scale, kIq3SGrid[b.qs[v] | (b.qh[v / 8] >> (v % 8) & 1) << 8], b.signs[v / 2] >> (v % 2 * 4), 0.0f};
 }
-HELEXA_VALUE GridVector grid_vector(const block_iq1_s& b, int v) {
+template <class Block>
+HELEXA_VALUE GridVector iq1_s_vector(const Block& b, int v) {
   const int qh = b.qh[v / 4];
   const float scale = float_from_half(b.d) * (2 * float(qh >> 12 & 7) + 1);
   return {scale, kIq1SGrid[b.qs[v] | (qh >> (v % 4 * 3) & 7) << 8], 0, qh & 0x8000 ? -0.125f : 0.125f};
 }
-HELEXA_VALUE GridVector grid_vector(const block_iq1_m& b, int v) {
+template <class Block>
+HELEXA_VALUE GridVector iq1_m_vector(const Block& b, int v) {
   const uint16_t* s = b.scales;
   const float d = float_from_half(half_bits(s[0] >> 12 | (s[1] >> 12) << 4 | (s[2] >> 12) << 8 | (s[3] >> 12) << 12));
   const float scale = d * (2 * float(s[v / 8] >> (v / 2 % 4 * 3) & 7) + 1);
   const int high = b.qh[v / 2] >> (v % 2 * 4) & 15;
   return {scale, kIq1SGrid[b.qs[v] | (high & 7) << 8], 0, high & 8 ? -0.125f : 0.125f};
 }
+HELEXA_VALUE GridVector grid_vector(const block_iq2_xxs& b, int v) { return iq2_xxs_vector(b, v); }
+HELEXA_VALUE GridVector grid_vector(const block_iq2_xs& b, int v) { return iq2_xs_vector(b, v); }
+HELEXA_VALUE GridVector grid_vector(const block_iq2_s& b, int v) { return iq2_s_vector(b, v); }
+HELEXA_VALUE GridVector grid_vector(const block_iq3_xxs& b, int v) { return iq3_xxs_vector(b, v); }
+HELEXA_VALUE GridVector grid_vector(const block_iq3_s& b, int v) { return iq3_s_vector(b, v); }
+HELEXA_VALUE GridVector grid_vector(const block_iq1_s& b, int v) { return iq1_s_vector(b, v); }
+HELEXA_VALUE GridVector grid_vector(const block_iq1_m& b, int v) { return iq1_m_vector(b, v); }
 HELEXA_VALUE float value(const block_iq2_xxs& b, int g, int i) {
   return component(grid_vector(b, 4 * g + i / 8), i % 8);
 }

@@ -8,6 +8,8 @@
 #ifndef HELEXA_SIMT
 #include "devices.h"
 #endif
+#include "quant_embedding.h"
+#include "repack.h"
 
 namespace py = pybind11;
 
@@ -130,6 +132,41 @@ void bind(py::module_& module) {
       },
       py::arg("values"), py::arg("rows"), py::arg("cols"), py::arg("scratch"), py::arg("out"), py::arg("stream") = 0,
       "out [rows]: the place of the largest of values [rows, cols], the first among equals; a NaN is the largest.");
+  module.def("planes_bytes", &planes_bytes, py::arg("quant_type"), py::arg("rows"), py::arg("cols"),
+             "Bytes of the planes of a matrix.");
+  module.def(
+      "repack_planes",
+      [](int quant_type, uintptr_t source, int64_t first_row, int64_t num_rows, int64_t rows, int64_t cols,
+         uintptr_t planes, Stream stream) {
+        constexpr const char* f = "repack_planes";
+        repack_planes(quant_type, pointer<const void>(source, f, "source"), first_row, num_rows, rows, cols,
+                      pointer<void>(planes, f, "planes"), stream);
+      },
+      py::arg("quant_type"), py::arg("source"), py::arg("first_row"), py::arg("num_rows"), py::arg("rows"),
+      py::arg("cols"), py::arg("planes"), py::arg("stream") = 0,
+      "Rows [first_row, first_row + num_rows) of a matrix [rows, cols], blocks of a file, into its planes.");
+  module.def(
+      "unpack_planes",
+      [](int quant_type, uintptr_t planes, int64_t first_row, int64_t num_rows, int64_t rows, int64_t cols,
+         uintptr_t out, Stream stream) {
+        constexpr const char* f = "unpack_planes";
+        unpack_planes(quant_type, pointer<const void>(planes, f, "planes"), first_row, num_rows, rows, cols,
+                      pointer<void>(out, f, "out"), stream);
+      },
+      py::arg("quant_type"), py::arg("planes"), py::arg("first_row"), py::arg("num_rows"), py::arg("rows"),
+      py::arg("cols"), py::arg("out"), py::arg("stream") = 0, "The inverse.");
+
+  module.def(
+      "quant_embedding",
+      [](int quant_type, uintptr_t planes, int64_t rows, int64_t cols, float scale, uintptr_t ids, int64_t n,
+         uintptr_t out, Stream stream) {
+        constexpr const char* f = "quant_embedding";
+        quant_embedding(quant_type, pointer<const void>(planes, f, "planes"), rows, cols, scale,
+                        pointer<const int64_t>(ids, f, "ids"), n, pointer<float>(out, f, "out"), stream);
+      },
+      py::arg("quant_type"), py::arg("planes"), py::arg("rows"), py::arg("cols"), py::arg("scale"), py::arg("ids"),
+      py::arg("n"), py::arg("out"), py::arg("stream") = 0,
+      "Rows ids [n] int64 of planes, times scale, as float32 [n, cols]; NaN for an id outside of the table.");
 }
 
 }  // namespace helexa::cuda

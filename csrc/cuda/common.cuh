@@ -157,6 +157,19 @@ inline int dp4a(int a, int b, int c) {
   return c;
 }
 
+// Byte i of the result is the one of (a, b), eight bytes from a's lowest on, that nibble i of the selector names;
+// nibbles are below 8.
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+
+// Rounded on their own: no product fuses into a sum, whatever the compiler's flags.
+inline float multiply_rounded(float a, float b) { return a * b; }
+inline float subtract_rounded(float a, float b) { return a - b; }
+
 inline float float_from_half(uint16_t half) {
   _Float16 value;
   memcpy(&value, &half, sizeof value);
@@ -304,6 +317,13 @@ __device__ __forceinline__ void copy_async_wait() {
 }
 
 __device__ __forceinline__ int dp4a(int a, int b, int c) { return __dp4a(a, b, c); }
+
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+__device__ __forceinline__ float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float subtract_rounded(float a, float b) { return __fsub_rn(a, b); }
 
 __device__ __forceinline__ float float_from_half(uint16_t half) {
   float value;
