@@ -12,6 +12,7 @@ from .config import EngineConfig
 from .errors import (
     BackendUnavailable,
     ContextLengthExceeded,
+    DeviceOutOfMemory,
     EngineDied,
     HelexaError,
     InvalidRequest,
@@ -36,6 +37,7 @@ __all__ = [
     "BackendUnavailable",
     "Completion",
     "ContextLengthExceeded",
+    "DeviceOutOfMemory",
     "EngineConfig",
     "EngineDied",
     "GenerateRequest",

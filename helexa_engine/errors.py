@@ -102,6 +102,13 @@ class ModelDoesNotFit(HelexaError):
         self.device = device
 
 
+class DeviceOutOfMemory(HelexaError):
+    """A device had no memory left in the middle of its work, though what it was asked for was planned to fit: others use it too.
+    The engine goes on; what was computed at that moment ends with this."""
+
+    code = "device_out_of_memory"
+
+
 class UnsupportedCheckpoint(HelexaError):
     """A model file is malformed or of a kind helexa cannot read. ``where`` names the file and, inside it, the place."""
 
@@ -125,7 +132,8 @@ class Overloaded(HelexaError):
 
 
 class EngineDied(HelexaError):
-    """The engine that ran this request stopped on an internal fault; the request is lost, the cause is chained."""
+    """The engine that ran this request stopped on an internal fault; the request is lost, the cause is chained. The fact ``reason``
+    is ``device_lost`` where the device failed under it."""
 
     code = "engine_died"
 

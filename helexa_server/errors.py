@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from helexa_engine.errors import (
     BackendUnavailable,
+    DeviceOutOfMemory,
     EngineDied,
     HelexaError,
     InvalidRequest,
@@ -157,6 +158,7 @@ STATUS: dict[type[HelexaError], int] = {
     HelexaError: 500,
     EngineDied: 500,
     EmbeddingsUnsupported: 501,
+    DeviceOutOfMemory: 503,
     ServiceUnavailable: 503,
 }
 

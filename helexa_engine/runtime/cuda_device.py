@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import BackendUnavailable
 from ..ops import cuda
+from .cuda_facts import CudaFacts, Obstacle, gather, obstacle
 
 if TYPE_CHECKING:
     import torch
@@ -17,32 +18,34 @@ if TYPE_CHECKING:
 RESERVED_BYTES = 512 << 20
 
 
-def diagnose() -> str | None:
-    """None where models can run on CUDA; else what is in the way and what to do about it. Imports torch only where there are
-    kernels and a driver."""
+def diagnose(facts: CudaFacts | None = None) -> Obstacle | None:
+    """None where models can run on CUDA; else what is in the way and what to do about it.
+
+    Judges by ``facts``; default: by those of this process. Then torch is imported, but only where nothing else is in the way.
+    """
+    if facts is not None:
+        return obstacle(facts)
     if cuda.is_emulated():
         return None
-    try:
-        cuda.require_kernels()
-    except BackendUnavailable as error:
-        return error.message
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)"
+    facts = gather()
+    found = obstacle(facts)
+    if found is not None:
+        return found
     import torch
 
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA; install a build of torch for CUDA 12.8 or newer"
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device: there is no NVIDIA card, no driver, or CUDA_VISIBLE_DEVICES hides it"
-    return None
+        return Obstacle(
+            "torch_sees_no_device",
+            f"torch {torch.__version__} cannot use {facts.devices[0].name}, which helexa's own core sees",
+            "python -c 'import torch; torch.cuda.init()' says why",
+        )
+    return obstacle(replace(facts, torch_architectures=tuple(torch.cuda.get_arch_list())))
 
 
 def require_cuda() -> torch.device:
     """Where tensors of a model on ``"cuda"`` lie. Raises :class:`BackendUnavailable` with what :func:`diagnose` finds."""
-    if (reason := diagnose()) is not None:
-        raise BackendUnavailable(f"device cuda: {reason}", device="cuda")
+    if (found := diagnose()) is not None:
+        raise BackendUnavailable(f"device cuda: {found}", device="cuda", reason=found.reason)
     return cuda.torch_device("cuda")
 
 

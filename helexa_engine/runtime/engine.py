@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import HelexaError, Overloaded
+from .device_faults import fault_of, out_of_memory, release_cached_memory
 from .exchange import EngineRequest, EngineStats, StepOutput
 from .memory import LOGITS_ROWS
 from .model_runner import ModelRunner
@@ -31,6 +32,10 @@ from .sequence import Sequence
 
 if TYPE_CHECKING:
     import torch
+
+_MORE_MEMORY = (
+    "end what else uses it, or load the model with a smaller memory_fraction, max_num_batched_tokens or max_num_seqs"
+)
 
 #: Called with (position, logits [rows, vocab_size]) for consecutive rows of a prompt; the array is valid during the call only.
 OnPromptLogits = Callable[[int, Logits], None]
@@ -171,7 +176,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Computes one batch and samples. One entry for each answer that got a token, ended or failed.
 
-        Raises whatever the model raises: then no further step is possible. A failure to *sample* is the request's own.
+        Raises whatever the model raises: then no further step is possible. Where the device had no memory left, the requests of the
+        batch fail and others go on. A failure to *sample* is the request's own.
         """
         started = self._clock()
         chunks = self.scheduler.schedule(started)
@@ -179,6 +185,18 @@ class Engine:
         if not chunks:
             return outputs
         self._step_tokens = sum(chunk.num_tokens for chunk in chunks)
+        try:
+            self._compute(chunks, started, outputs)
+        except Exception as error:
+            if fault_of(error) != "out_of_memory":
+                raise
+            outputs += self._fail_all(chunks, error)
+        self._steps += 1
+        self._step_tokens = 0
+        return outputs
+
+    def _compute(self, chunks: list[Chunk], started: float, outputs: list[StepOutput]) -> None:
+        """What :meth:`step` does with the batch that began at ``started``; appends to ``outputs``."""
         hidden = self.runner.forward(chunks)
         sampling: list[tuple[_Answer, int]] = []
         damaged: dict[_Answer, tuple[Chunk, str]] = {}  # what is not finite there
@@ -228,9 +246,6 @@ class Engine:
                 outputs.append(self._fail(answer, NotFinite(what, more)))
         num_decodes = sum(chunk.num_tokens == 1 for chunk in chunks)
         self.scheduler.pace.observe(first - num_decodes, num_decodes, self._clock() - started)
-        self._steps += 1
-        self._step_tokens = 0
-        return outputs
 
     def stats(self) -> EngineStats:
         """Reads counters only, so any thread may call it."""
@@ -344,8 +359,22 @@ class Engine:
                         answer.prompt_logprobs.append(scored)
             answer.num_scored = rows.stop
 
+    def _fail_all(self, chunks: list[Chunk], error: Exception) -> list[StepOutput]:
+        """Every request of a batch ends, for want of the device's memory; what is in their pages and states is not known."""
+        doing = f"in a step of {self._step_tokens} tokens for {len(chunks)} sequences"
+        failure = out_of_memory(error, doing, _MORE_MEMORY)
+        failed = []
+        for chunk in chunks:
+            answer = self._answers.get(chunk.sequence)
+            if answer is not None:  # its request has not failed with another of its answers
+                failed.append(self._fail(answer, failure))
+        release_cached_memory()
+        return failed
+
     def _fail(self, answer: _Answer, error: Exception) -> StepOutput:
-        """The request of ``answer`` ends; the others go on."""
+        """The request of ``answer`` ends; the others go on. Raises ``error`` where the device is lost."""
+        if fault_of(error) == "device_lost":
+            raise error
         if not isinstance(error, HelexaError):
             failure = SamplingFailed(f"sampling failed: {type(error).__name__}: {error}")
             failure.__cause__ = error

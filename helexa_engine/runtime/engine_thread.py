@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import EngineDied, HelexaError, InvalidRequest
+from .device_faults import device_lost, fault_of
 from .engine import Engine, OnPromptLogits
 from .exchange import EngineRequest, EngineStats, StepOutput
 from .sampler import Grammar
@@ -132,8 +133,11 @@ class EngineThread:
             in_order = True
         except BaseException as error:
             log.exception("the engine died")
-            died = EngineDied(f"the engine died: {type(error).__name__}: {error}")
-            died.__cause__ = error
+            if fault_of(error) == "device_lost":
+                died = device_lost(error, "in a step")
+            else:
+                died = EngineDied(f"the engine died: {type(error).__name__}: {error}")
+                died.__cause__ = error
             self._end(died)
         self._engine.close(in_order=in_order)
 

@@ -21,7 +21,7 @@ from ..text.request_processor import RequestProcessor
 from ..text.structured import GrammarCompiler
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
-from . import quant_cache, saved_prefixes
+from . import device_faults, quant_cache, saved_prefixes
 from .engine import Engine, OnPromptLogits
 from .engine_thread import EngineThread
 from .exchange import EngineRequest
@@ -102,6 +102,7 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
     return LoadedModel(loaded.engine, loaded.processor, loaded.info)
 
 
+@device_faults.explained("while the model was loaded", "end what else uses it, or take a smaller memory_fraction")
 def load_engine(
     model: str | Path, config: EngineConfig, progress: Progress | None = None, available: int | None = None
 ) -> LoadedEngine:

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from helexa_engine import AsyncEngine, EngineConfig
+from helexa_engine.runtime import worker_process
 from helexa_engine.testing.checkpoints import write_qwen3_folder
 from helexa_server.lifecycle.model_life import ModelLife, Progress, Recovery
 from tests.server.live import Live, live_server, wait_until
@@ -163,6 +164,61 @@ def test_a_worker_that_hangs_is_replaced(folder: Path) -> None:
         assert "no sign of life" in response.json()["error"]["message"]
         assert ask(live) == expected
         ready(live, recoveries=1)
+
+
+#: A worker whose first process loses the device in its third step, and whose later ones do not.
+LOSES_THE_DEVICE = """
+from pathlib import Path
+import torch
+from helexa_engine.runtime import worker
+from helexa_engine.runtime.model_runner import ModelRunner
+mark, forward = Path({mark!r}), ModelRunner.forward
+calls = 0
+def failing(self, chunks):
+    global calls
+    calls += 1
+    if calls == 3 and not mark.exists():
+        mark.touch()
+        error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        error.error_code = 700
+        raise error
+    return forward(self, chunks)
+ModelRunner.forward = failing
+worker.main()
+"""
+
+
+def test_a_lost_device_ends_the_process_with_its_reason_and_the_model_comes_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    popen, program = subprocess.Popen, LOSES_THE_DEVICE.format(mark=str(tmp_path / "lost"))
+
+    def patched(command: list[str], **options: Any) -> Any:
+        at = command.index("helexa_engine.runtime.worker")  # behind -P -m
+        return popen([sys.executable, "-c", program, *command[at + 1 :]], **options)
+
+    monkeypatch.setattr(worker_process.subprocess, "Popen", patched)
+    with served(folder) as live, live.http(timeout=60.0) as http:
+        ready_pid = live_worker(live)
+        response = http.post(COMPLETIONS, json=SHORT)
+        assert response.status_code == 500
+        assert (
+            response.json()["error"]["code"] == "engine_died"
+            and "device was lost" in response.json()["error"]["message"]
+        )
+        assert len(ask(live)) > 0
+        wait_until(lambda: live.model.life.recoveries == 1)
+        assert live_worker(live) != ready_pid
+        error = live.model.life.error
+        assert error is not None and error.facts == {"reason": "device_lost", "cuda_error": 700}
+        assert "device was lost" in health(live)["last_error"]
+    assert "device was lost" in caplog.text
+
+
+def live_worker(live: Live) -> Any:
+    """The process of a model that is ready, whatever its command is."""
+    wait_until(lambda: live.model.engine is not None, 60)
+    return live.model.engine._worker.pid  # type: ignore[union-attr]
 
 
 def test_a_client_that_leaves_ends_its_request_in_the_worker(folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import (
     ContextLengthExceeded,
+    DeviceOutOfMemory,
     EngineDied,
     HelexaError,
     InvalidRequest,
@@ -115,6 +116,7 @@ def test_messages_arrive_as_they_were(message: ToWorker | FromWorker) -> None:
         UnsupportedCheckpoint("bad", "file: place"),
         Overloaded("full", 2.5),
         EngineDied("gone", signal="SIGKILL"),
+        DeviceOutOfMemory("no memory left"),
         SamplingFailed("no token is allowed"),
         NotFinite("the logits (nan) are"),
         GrammarFailed("stuck"),
