@@ -84,6 +84,12 @@ def cache_folder() -> Path:
     return _xdg_folder("XDG_CACHE_HOME", ".cache") / "helexa"
 
 
+def hides_cuda_devices() -> bool:
+    """Whether ``CUDA_VISIBLE_DEVICES`` leaves CUDA none: it is set, and empty or begins with a number that no device has."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return value is not None and (not value.strip() or value.strip().startswith("-"))
+
+
 def api_key() -> str | None:
     """``HELEXA_API_KEY``: the key clients must send; read here so that it never stands on a command line."""
     return _get("API_KEY")

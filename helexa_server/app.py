@@ -28,6 +28,7 @@ from .admission import Admission
 from .allowed_hosts import AllowedHosts
 from .auth import RequireApiKey
 from .config import ServerConfig
+from .devices import Devices
 from .endpoints import Generate
 from .energy import EnergyMeter
 from .errors import HANDLERS, CannotListen
@@ -125,6 +126,7 @@ def create_app(models: Sequence[ServedModel], config: ServerConfig, budget: Budg
     app.state.admission = Admission(config, keys)
     app.state.rejected = Counter()
     app.state.energy = EnergyMeter()
+    app.state.devices = Devices()
     app.state.metrics = {model.id: ModelMetrics() for model in models}
     return app
 

@@ -2,88 +2,97 @@
 
 from __future__ import annotations
 
-import ctypes
+import asyncio
 import platform
+import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from helexa_engine import env
 from helexa_engine.cli import machine
 from helexa_engine.config import EngineConfig
+from helexa_engine.runtime import nvml
+from helexa_engine.runtime.cuda_facts import CudaDevice, CudaFacts, Obstacle, build_facts, obstacle, version_text
 
-
-class NoDriver(Exception):
-    """NVML cannot be used; the text says why."""
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+#: A driver that hangs is waited for so long; then the last figures are shown.
+PATIENCE_SECONDS = 1.0
 
 
 def describe() -> dict[str, Any]:
-    """Host, devices and driver, and why CUDA cannot be used where it cannot. Reads the driver: call it in a thread."""
-    cards: list[dict[str, Any]] = []
-    driver: dict[str, Any] | None = None
-    reason: str | None = None
+    """Host, devices and driver, and why CUDA cannot be used where it cannot. Waits for the driver; see :class:`Devices`."""
+    driver: nvml.Driver | None = None
+    cards: list[nvml.Card] = []
     try:
-        driver, cards = _nvidia()
-        if not cards:
-            reason = "the NVIDIA driver shows this process no card"
-    except NoDriver as error:
-        reason = str(error)
-    if reason is None and "cuda" not in typing.get_args(typing.get_type_hints(EngineConfig)["device"]):
-        reason = "this build of helexa computes on the processor only"
+        driver, cards = nvml.read()
+    except nvml.NoDriver as error:
+        found: Obstacle | None = Obstacle("no_driver", str(error), "models run on the CPU")
+    else:
+        found = _obstacle(driver, cards)
+    return _described(driver, cards, found)
+
+
+def _obstacle(driver: nvml.Driver, cards: list[nvml.Card]) -> Obstacle | None:
+    """As a worker will find it, as far as can be told without a device."""
+    if "cuda" not in typing.get_args(typing.get_type_hints(EngineConfig)["device"]):
+        return Obstacle(
+            "cpu_only", "this build of helexa computes on the processor only", "there is nothing to be done"
+        )
+    devices = tuple(CudaDevice(card.name, card.capability, card.memory_bytes) for card in cards)
+    if env.hides_cuda_devices():
+        devices = ()
+    facts: CudaFacts = replace(build_facts(), driver=driver.cuda, devices=devices)
+    return obstacle(facts)
+
+
+def _described(driver: nvml.Driver | None, cards: list[nvml.Card], found: Obstacle | None) -> dict[str, Any]:
     processor = {
         "kind": "cpu",
         "name": machine.cpu_model(),
         "cpus": machine.usable_cpus(),
         "memory_bytes": machine.memory_bytes(),
     }
+    shown = [
+        {
+            "kind": "cuda",
+            "index": card.index,
+            "name": card.name,
+            "compute_capability": "{}.{}".format(*card.capability),
+            "memory_bytes": card.memory_bytes,
+            "free_bytes": card.free_bytes,
+        }
+        for card in cards
+    ]
     return {
         "host": {"name": platform.node(), "system": platform.system(), "machine": platform.machine()},
-        "devices": [processor, *cards],
-        "driver": driver,
-        "cuda": {"usable": reason is None, "reason": reason},
+        "devices": [processor, *shown],
+        "driver": None if driver is None else {"version": driver.version, "cuda_version": version_text(driver.cuda)},
+        "cuda": {"usable": found is None, "reason": None if found is None else str(found)},
     }
 
 
-def _nvidia(library: str = "libnvidia-ml.so.1") -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(driver, cards). Raises :class:`NoDriver`."""
-    try:
-        nvml = ctypes.CDLL(library)
-    except OSError:
-        raise NoDriver(f"there is no NVIDIA driver here ({library} cannot be loaded)") from None
-    status = nvml.nvmlInit_v2()
-    if status != 0:
-        raise NoDriver(f"the NVIDIA driver does not answer (NVML error {status})")
-    try:
-        version = ctypes.create_string_buffer(80)
-        nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
-        cuda = ctypes.c_int()
-        nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(cuda))
-        newest = f"{cuda.value // 1000}.{cuda.value % 1000 // 10}"
-        return {"version": version.value.decode(), "cuda_version": newest}, list(_cards(nvml))
-    finally:
-        nvml.nvmlShutdown()
+class Devices:
+    """The last figures of :func:`describe`: who asks never waits long for a driver that hangs."""
 
+    def __init__(self, describe: Callable[[], dict[str, Any]] = describe) -> None:
+        self._describe = describe
+        self._reading: asyncio.Task[dict[str, Any]] | None = None
+        self._last: dict[str, Any] | None = None
+        self._read_at = 0.0
 
-def _cards(nvml: ctypes.CDLL) -> Iterator[dict[str, Any]]:
-    count = ctypes.c_uint()
-    nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    for index in range(count.value):
-        card = ctypes.c_void_p()
-        if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(card)) != 0:
-            continue  # a card that fell off the bus
-        name, memory = ctypes.create_string_buffer(96), _Memory()
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        nvml.nvmlDeviceGetName(card, name, ctypes.c_uint(len(name)))
-        nvml.nvmlDeviceGetMemoryInfo(card, ctypes.byref(memory))
-        nvml.nvmlDeviceGetCudaComputeCapability(card, ctypes.byref(major), ctypes.byref(minor))
-        yield {
-            "kind": "cuda",
-            "index": index,
-            "name": name.value.decode(errors="replace"),
-            "compute_capability": f"{major.value}.{minor.value}",
-            "memory_bytes": memory.total,
-            "free_bytes": memory.free,
-        }
+    async def figures(self, patience: float = PATIENCE_SECONDS) -> dict[str, Any]:
+        """Those of now, or after ``patience`` seconds the last ones; ``seconds_old`` says how old they are, None where there are none."""
+        if self._reading is None:
+            self._reading = asyncio.create_task(asyncio.to_thread(self._describe))
+        reading = self._reading
+        await asyncio.wait({reading}, timeout=patience)
+        if reading.done():
+            self._reading = None
+            self._last, self._read_at = reading.result(), time.monotonic()
+        if self._last is None:
+            silent = Obstacle(
+                "no_answer", "the NVIDIA driver does not answer", "nvidia-smi will hang too; restart the machine"
+            )
+            return _described(None, [], silent) | {"seconds_old": None}
+        return self._last | {"seconds_old": round(time.monotonic() - self._read_at, 1)}

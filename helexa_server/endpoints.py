@@ -21,10 +21,11 @@ from helexa_engine.events import Collector, Event, Failed
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.version import __version__
 
-from . import devices, metrics, sse
+from . import metrics, sse
 from .admission import Admission, Place
 from .auth import IS_ADMIN, OWNER
 from .config import ServerConfig
+from .devices import Devices
 from .errors import (
     RECORD,
     BodyTooLarge,
@@ -367,8 +368,8 @@ async def ready(request: Request) -> Response:
 
 async def discovery(request: Request) -> Response:
     """What this host computes with, and why CUDA cannot be used where it cannot."""
-    found = await asyncio.to_thread(devices.describe)
-    return json_response({"version": __version__, **found})
+    known: Devices = request.app.state.devices
+    return json_response({"version": __version__, **await known.figures()})
 
 
 async def version(request: Request) -> Response:

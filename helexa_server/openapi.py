@@ -141,13 +141,14 @@ class ModelList(msgspec.Struct):
 
 
 class Discovery(msgspec.Struct):
-    """The host and its devices."""
+    """The host and its devices. ``seconds_old`` is the age of the figures: those of a driver that does not answer are the last ones."""
 
     version: str
     host: dict[str, str]
     devices: list[dict[str, Any]]
     driver: dict[str, Any] | None
     cuda: dict[str, Any]
+    seconds_old: float | None
 
 
 @dataclass(frozen=True, slots=True)

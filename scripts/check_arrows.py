@@ -68,7 +68,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "helexa_server.wire": {"helexa_engine.text.messages"},
     "helexa_server": {"helexa_server", "helexa_engine.runtime.async_engine", "helexa_engine.runtime.memory",
-        "helexa_engine.runtime.memory_need", "helexa_engine.cli.machine",
+        "helexa_engine.runtime.memory_need", "helexa_engine.runtime.nvml", "helexa_engine.runtime.cuda_facts",
+        "helexa_engine.cli.machine",
    },
 }  # fmt: skip
 

@@ -78,6 +78,7 @@ def examine() -> Iterator[Finding]:
     yield from _torch()
     yield from _processor()
     yield from _native()
+    yield from _cuda()
     from ..runtime.memory import available_bytes
 
     total = machine.memory_bytes()
@@ -181,6 +182,66 @@ def _native() -> Iterator[Finding]:
         yield Finding("missing", "native core", f"was built from an older helexa ({error}); build it again")
     except (HelexaError, ValueError, RuntimeError) as error:
         yield Finding("missing", "native core", f"{error}")
+
+
+def _cuda() -> Iterator[Finding]:
+    """The devices, what of this build serves them, and what is in the way of models on them."""
+    from ..runtime import nvml
+    from ..runtime.cuda_device import diagnose
+    from ..runtime.cuda_facts import gather, serving, version_text
+
+    facts = gather()
+    try:
+        driver, cards = nvml.read()
+    except nvml.NoDriver:
+        driver, cards = None, []
+    if driver is not None:
+        yield Finding("ok", "cuda driver", f"{driver.version}, for CUDA up to {version_text(driver.cuda)}")
+    for card in cards:
+        major, minor = card.capability
+        memory = f"{card.free_bytes / 2**30:.1f} GiB of {card.memory_bytes / 2**30:.1f} GiB free"
+        code = serving(card.capability, facts.architectures)
+        served = f"kernels for sm_{code}" if code is not None else "no kernels for it in this build"
+        yield Finding(
+            "ok", f"cuda card {card.index}", f"{card.name}, {memory}, compute capability {major}.{minor}, {served}"
+        )
+    if facts.kernels:
+        built = f"for compute capabilities {' '.join(facts.architectures)}, with CUDA {version_text(facts.runtime)}"
+        yield Finding("ok", "cuda kernels", built)
+    try:
+        found = diagnose()
+    except ImportError as error:  # torch is broken, as is said above
+        yield Finding("slow", "cuda", f"cannot be tried without torch: {error}")
+        return
+    if found is None:
+        used = facts.devices[0]
+        others = f"; {len(facts.devices) - 1} more, CUDA_VISIBLE_DEVICES chooses" if len(facts.devices) > 1 else ""
+        yield Finding("ok", "cuda", f"models run on {used}{others}")
+        yield from _beside_the_kernels()
+    elif driver is None and not facts.devices:
+        yield Finding("ok", "cuda", f"no NVIDIA driver: models run on the CPU ({found.fix})")
+    else:
+        yield Finding("slow", "cuda", f"models run on the CPU: {found}")
+
+
+def _beside_the_kernels() -> Iterator[Finding]:
+    """What of torch's packages counts on CUDA."""
+    from importlib.util import find_spec
+
+    import torch
+
+    if find_spec("triton") is None:
+        yield Finding(
+            "slow",
+            "triton",
+            "not installed: ops that have no kernel of ours run in plain PyTorch; run: pip install triton",
+        )
+    else:
+        yield Finding("ok", "triton", importlib.metadata.version("triton"))
+    nccl = (
+        "there" if torch.distributed.is_available() and torch.distributed.is_nccl_available() else "not in this torch"
+    )
+    yield Finding("ok", "nccl", f"{nccl}; it would be for several devices together, which helexa does not use yet")
 
 
 def _demo() -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..ops import cuda
@@ -52,6 +52,7 @@ class CudaFacts:
         torch: version of torch; None where it is not installed.
         torch_cuda: the CUDA that torch was built for, ``13.0``; None for a build without.
         torch_architectures: what torch has kernels for, as ``torch.cuda.get_arch_list`` says; empty where that was not asked.
+        is_old: whether the core was built from an older helexa, in a source tree that was not built again.
     """
 
     kernels: bool
@@ -63,6 +64,7 @@ class CudaFacts:
     torch: str | None = None
     torch_cuda: str | None = None
     torch_architectures: tuple[str, ...] = ()
+    is_old: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,32 +85,35 @@ class Obstacle:
         return f"{self.what}; {self.fix}"
 
 
-def gather() -> CudaFacts:
-    """The facts of this process, of torch what can be had without importing it. Asks the driver, and makes no context."""
+def build_facts() -> CudaFacts:
+    """What was built and installed, without asking for a driver or a device."""
     kernels = cuda.kernels()
     version, torch_cuda = _torch()
     if kernels is None:
+        return CudaFacts(False, torch=version, torch_cuda=torch_cuda)
+    if not hasattr(kernels, "architectures"):
+        return CudaFacts(True, is_old=True, torch=version, torch_cuda=torch_cuda)
+    architectures = tuple(kernels.architectures.split())
+    return CudaFacts(True, architectures, kernels.runtime_version(), torch=version, torch_cuda=torch_cuda)
+
+
+def gather() -> CudaFacts:
+    """The facts of this process, of torch what can be had without importing it. Asks the driver, and makes no context."""
+    facts, kernels = build_facts(), cuda.kernels()
+    if kernels is None or facts.is_old:
         try:
             driver, cards = nvml.read()
         except nvml.NoDriver:
-            return CudaFacts(False, torch=version, torch_cuda=torch_cuda)
+            return facts
         found = tuple(CudaDevice(card.name, card.capability, card.memory_bytes) for card in cards)
-        return CudaFacts(False, driver=driver.cuda, devices=found, torch=version, torch_cuda=torch_cuda)
+        return replace(facts, driver=driver.cuda, devices=found)
     error, devices = 0, []
     try:
         devices = kernels.devices()
     except kernels.CudaError as raised:
         error = raised.code
-    return CudaFacts(
-        True,
-        tuple(kernels.architectures.split()),
-        kernels.runtime_version(),
-        kernels.driver_version(),
-        tuple(CudaDevice(name, (major, minor), nbytes) for name, major, minor, nbytes in devices),
-        error,
-        version,
-        torch_cuda,
-    )
+    seen = tuple(CudaDevice(name, (major, minor), nbytes) for name, major, minor, nbytes in devices)
+    return replace(facts, driver=kernels.driver_version(), devices=seen, error=error)
 
 
 def _torch() -> tuple[str | None, str | None]:
@@ -166,6 +171,10 @@ def _driver_obstacle(facts: CudaFacts) -> Obstacle | None:
             "no_kernels",
             "this build of helexa has no CUDA kernels: nvcc 12.8 or newer was not found when it was built",
             "install the CUDA toolkit and install helexa again",
+        )
+    if facts.is_old:
+        return Obstacle(
+            "old_core", "the native core was built from an older helexa", "build it again (scripts/build_native)"
         )
     major = facts.driver // 1000
     torch_build = TORCH_BUILDS.get(min(major, max(TORCH_BUILDS)), TORCH_BUILDS[12])

@@ -373,8 +373,11 @@ class Engine:
 
     def _fail(self, answer: _Answer, error: Exception) -> StepOutput:
         """The request of ``answer`` ends; the others go on. Raises ``error`` where the device is lost."""
-        if fault_of(error) == "device_lost":
+        fault = fault_of(error)
+        if fault == "device_lost":
             raise error
+        if fault == "out_of_memory":
+            error = out_of_memory(error, "for one request", _MORE_MEMORY)
         if not isinstance(error, HelexaError):
             failure = SamplingFailed(f"sampling failed: {type(error).__name__}: {error}")
             failure.__cause__ = error

@@ -5,6 +5,7 @@ Rows of contracts.md section 3 are named by the tests that hold them.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import logging
@@ -12,8 +13,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
@@ -21,6 +23,8 @@ import openai
 import pytest
 
 from helexa_engine.events import ContentDelta, Event
+from helexa_engine.runtime import nvml
+from helexa_engine.runtime.cuda_facts import CudaFacts
 from helexa_engine.testing.fake_engine import FakeEngine
 from helexa_engine.version import __version__
 from helexa_server import devices, endpoints
@@ -368,31 +372,92 @@ def test_models_in_the_words_of_both(serve: Serve) -> None:
     assert live.anthropic().models.retrieve("fake").created_at.timestamp() == ours.created
 
 
+H100 = nvml.Card(0, "NVIDIA H100", (9, 0), 80 << 30, 79 << 30)
+NEW_DRIVER = nvml.Driver("580.95.05", 13000)
+
+
+def told(monkeypatch: pytest.MonkeyPatch, cards: list[nvml.Card] | nvml.NoDriver, **build: Any) -> None:
+    """Lets NVML tell of these cards, and a build with all there is that CUDA needs, but for what ``build`` says otherwise."""
+
+    def read() -> tuple[nvml.Driver, list[nvml.Card]]:
+        if isinstance(cards, nvml.NoDriver):
+            raise cards
+        return NEW_DRIVER, cards
+
+    good = CudaFacts(True, ("80", "90a"), 13000, torch="2.11.0+cu130", torch_cuda="13.0")
+    monkeypatch.setattr(devices.nvml, "read", read)
+    monkeypatch.setattr(devices, "build_facts", lambda: replace(good, **build))
+    monkeypatch.setattr(devices.typing, "get_type_hints", lambda config: {"device": Literal["auto", "cpu", "cuda"]})
+
+
 def test_discovery(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """contracts.md 3: GET /discovery: host, devices, driver, why CUDA is unusable."""
-    monkeypatch.setattr(devices, "_nvidia", lambda: devices_of("no driver"))
     with serve(FakeEngine(answer())).http() as http_client:
+        told(monkeypatch, nvml.NoDriver("there is no NVIDIA driver here"))
         got = http_client.get("/discovery").json()
         assert got["version"] == __version__ and got["host"]["system"] and got["driver"] is None
         (cpu,) = got["devices"]
         assert cpu["kind"] == "cpu" and cpu["cpus"] >= 1 and cpu["memory_bytes"] > 2**20
-        assert got["cuda"] == {"usable": False, "reason": "no driver"}
-        card = {"kind": "cuda", "index": 0, "name": "H100", "compute_capability": "9.0"}
-        driver = {"version": "550.1", "cuda_version": "12.4"}
-        monkeypatch.setattr(devices, "_nvidia", lambda: (driver, [card]))
+        assert not got["cuda"]["usable"] and got["cuda"]["reason"].startswith("there is no NVIDIA driver here")
+        assert got["seconds_old"] == 0.0
+
+        told(monkeypatch, [H100])
         got = http_client.get("/discovery").json()
-        assert got["driver"] == driver and got["devices"][1] == card
-        monkeypatch.setattr(devices, "_nvidia", lambda: (driver, []))
-        assert "no card" in http_client.get("/discovery").json()["cuda"]["reason"]
+        assert got["driver"] == {"version": "580.95.05", "cuda_version": "13.0"}
+        assert got["devices"][1] == {
+            "kind": "cuda", "index": 0, "name": "NVIDIA H100", "compute_capability": "9.0", "memory_bytes": 80 << 30,
+            "free_bytes": 79 << 30,
+        }  # fmt: skip
+        assert got["cuda"] == {"usable": True, "reason": None}
 
 
-def devices_of(reason: str) -> Any:
-    raise devices.NoDriver(reason)
+@pytest.mark.parametrize(
+    ("cards", "build", "hidden", "words"),
+    [
+        ([], {}, None, "no device"),
+        ([H100], {}, "-1", "no device"),
+        ([H100], {"kernels": False}, None, "no CUDA kernels"),
+        ([H100], {"torch_cuda": None}, None, "built without CUDA"),
+        ([replace(H100, capability=(10, 0))], {}, None, "none of which"),
+    ],
+)
+def test_why_cuda_cannot_be_used_is_said(
+    monkeypatch: pytest.MonkeyPatch, cards: list[nvml.Card], build: dict[str, Any], hidden: str | None, words: str
+) -> None:
+    told(monkeypatch, cards, **build)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    found = devices.describe()
+    assert len(found["devices"]) == 1 + len(cards)
+    assert not found["cuda"]["usable"] and words in found["cuda"]["reason"]
 
 
 def test_a_host_without_a_driver_says_so() -> None:
-    with pytest.raises(devices.NoDriver, match="libnothing.so.1"):
-        devices._nvidia("libnothing.so.1")
+    with pytest.raises(nvml.NoDriver, match="libnothing.so.1"):
+        nvml.read("libnothing.so.1")
+
+
+def test_a_driver_that_hangs_is_not_waited_for() -> None:
+    async def work() -> None:
+        answers, released = [{"cuda": "first"}, {"cuda": "second"}], threading.Event()
+
+        def describe() -> dict[str, Any]:
+            if len(answers) == 1:
+                released.wait(10)
+            return answers.pop(0)
+
+        known = devices.Devices(describe)
+        assert (await known.figures(5.0))["cuda"] == "first"
+        old = await known.figures(0.05)
+        assert old["cuda"] == "first" and old["seconds_old"] >= 0.0
+        released.set()
+        assert (await known.figures(5.0))["cuda"] == "second", "the reading that hung came to its end"
+
+        silent = devices.Devices(lambda: time.sleep(0.3) or {})
+        found = await silent.figures(0.01)
+        assert found["seconds_old"] is None and "does not answer" in found["cuda"]["reason"]
+
+    asyncio.run(work())
 
 
 # -- Names of the server

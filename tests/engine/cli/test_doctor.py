@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from helexa_engine.cli import doctor, main
+from helexa_engine.runtime import cuda_device, cuda_facts, nvml
+from helexa_engine.runtime.cuda_facts import CudaDevice, CudaFacts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,7 +24,17 @@ def findings() -> dict[str, doctor.Finding]:
 def test_the_report_covers_what_models_need(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor"])
     out = capsys.readouterr().out
-    for subject in ("python", "packages", "torch", "processor", "native core", "memory", "demo model", "quantised"):
+    for subject in (
+        "python",
+        "packages",
+        "torch",
+        "processor",
+        "native core",
+        "memory",
+        "demo model",
+        "quantised",
+        "cuda",
+    ):
         assert subject in out
     assert code == (1 if re.search(r"^missing", out.replace(" ", ""), re.MULTILINE) else 0)
 
@@ -88,3 +100,53 @@ def test_the_processors_level_is_named(
     monkeypatch.setattr(doctor.machine, "cpu_flags", lambda: frozenset(flags))
     found = next(iter(doctor._processor()))
     assert found.status == status and words in found.text
+
+
+L4 = nvml.Card(0, "NVIDIA L4", (8, 9), 24 << 30, 20 << 30)
+GOOD = CudaFacts(True, ("80", "89"), 13000, 13000, (CudaDevice("NVIDIA L4", (8, 9), 24 << 30),), 0, "2.11.0", "13.0")
+
+
+def cuda_findings(
+    monkeypatch: pytest.MonkeyPatch, cards: list[nvml.Card] | None, facts: CudaFacts
+) -> dict[str, doctor.Finding]:
+    def read() -> tuple[nvml.Driver, list[nvml.Card]]:
+        if cards is None:
+            raise nvml.NoDriver("none")
+        return nvml.Driver("580.95.05", 13000), cards
+
+    monkeypatch.setattr(nvml, "read", read)
+    monkeypatch.setattr(cuda_facts, "gather", lambda: facts)
+    monkeypatch.setattr(cuda_device, "diagnose", lambda: cuda_facts.obstacle(facts))
+    return {finding.subject: finding for finding in doctor._cuda()}
+
+
+def test_a_card_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cuda_findings(monkeypatch, [L4], GOOD)
+    assert {finding.status for finding in found.values()} <= {"ok", "slow"} and found["cuda"].status == "ok"
+    assert found["cuda driver"].text == "580.95.05, for CUDA up to 13.0"
+    assert (
+        found["cuda card 0"].text == "NVIDIA L4, 20.0 GiB of 24.0 GiB free, compute capability 8.9, kernels for sm_89"
+    )
+    assert found["cuda kernels"].text == "for compute capabilities 80 89, with CUDA 13.0"
+    assert found["cuda"].text == "models run on NVIDIA L4, 24 GiB, compute capability 8.9"
+    assert {"triton", "nccl"} <= found.keys()
+
+
+def test_without_a_driver_models_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cuda_findings(monkeypatch, None, CudaFacts(True, ("80",), 13000, error=35, torch="2.11.0"))
+    assert found["cuda"].status == "ok" and found["cuda"].text.startswith("no NVIDIA driver: models run on the CPU")
+    assert found.keys() == {"cuda", "cuda kernels"}
+
+
+def test_a_card_that_lies_idle_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cuda_findings(monkeypatch, [L4], CudaFacts(False, driver=13000, devices=GOOD.devices, torch="2.11.0"))
+    assert found["cuda"].status == "slow" and "nvcc 12.8" in found["cuda"].text
+    assert "no kernels for it in this build" in found["cuda card 0"].text
+
+
+def test_cuda_is_reported_with_a_broken_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "read", lambda: (nvml.Driver("580.95.05", 13000), [L4]))
+    monkeypatch.setattr(cuda_device, "gather", lambda: GOOD)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = {finding.subject: finding for finding in doctor._cuda()}
+    assert found["cuda"].status == "slow" and "without torch" in found["cuda"].text

@@ -35,6 +35,7 @@ def card(major: int, minor: int) -> CudaDevice:
         ({"driver": 0, "devices": (), "error": 35}, "no_driver", "no NVIDIA driver here; install one.*--gpus all"),
         ({"driver": 0, "kernels": False, "torch_cuda": None}, "no_driver", "no NVIDIA driver"),
         ({"kernels": False, "architectures": (), "runtime": 0}, "no_kernels", "nvcc.*install the CUDA toolkit"),
+        ({"is_old": True, "architectures": (), "runtime": 0}, "old_core", "build it again"),
         ({"driver": 12080, "error": 35, "devices": ()}, "old_driver", r"has CUDA 12\.8.*needs 13\.0.*580 or newer"),
         ({"driver": 12080}, "old_driver", "toolkit of version 12"),
         ({"torch_cuda": None, "torch": "2.11.0+cpu"}, "torch_without_cuda", r"2\.11\.0\+cpu.*whl/cu130"),
