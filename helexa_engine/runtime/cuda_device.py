@@ -42,6 +42,11 @@ def diagnose(facts: CudaFacts | None = None) -> Obstacle | None:
     return obstacle(replace(facts, torch_architectures=tuple(torch.cuda.get_arch_list())))
 
 
+def has_device() -> bool:
+    """Whether this process has a device, whether or not models can run on it."""
+    return bool(gather().devices)
+
+
 def require_cuda() -> torch.device:
     """Where tensors of a model on ``"cuda"`` lie. Raises :class:`BackendUnavailable` with what :func:`diagnose` finds."""
     if (found := diagnose()) is not None:

@@ -21,7 +21,7 @@ from ..text.request_processor import RequestProcessor
 from ..text.structured import GrammarCompiler
 from ..weights.checkpoint import Checkpoint, open_checkpoint
 from ..weights.loader import load as load_weights
-from . import device_faults, quant_cache, saved_prefixes
+from . import cuda_device, device_faults, quant_cache, saved_prefixes
 from .engine import Engine, OnPromptLogits
 from .engine_thread import EngineThread
 from .exchange import EngineRequest
@@ -121,7 +121,10 @@ def load_engine(
     with open_checkpoint(path) as checkpoint:
         build = model_class(checkpoint.architecture, checkpoint.where)
         plan = plan_model(checkpoint, config, name=model_name(model, path), limit=available)
-        log.info("%s: on %s (%s)", path.name, plan.device, plan.why_device)
+        lies_idle = plan.device == "cpu" and config.device == "auto" and cuda_device.has_device()
+        log.log(
+            logging.WARNING if lies_idle else logging.INFO, "%s: on %s (%s)", path.name, plan.device, plan.why_device
+        )
         log.info("%s: %s; keys and values in %s", path.name, plan.memory, plan.kv_dtype)
         report("reading the tokenizer", 0.0)
         processor = request_processor(checkpoint)

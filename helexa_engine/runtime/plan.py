@@ -146,11 +146,11 @@ def _device_and_kernels(
     """
     if config.device == "cpu":
         return "cpu", "asked for", _kernels(model, "cpu")
-    reason = cuda_device.diagnose() if is_here or config.device == "auto" else None
-    if reason is not None:
+    obstacle = cuda_device.diagnose() if is_here or config.device == "auto" else None
+    if obstacle is not None:
         if config.device == "cuda":
             cuda_device.require_cuda()
-        return "cpu", f"not cuda: {reason}", _kernels(model, "cpu")
+        return "cpu", f"not cuda: {obstacle}", _kernels(model, "cpu")
     if config.mmap_experts:
         reason = "expected false on cuda: experts in the mapped file are computed on the processor"
         if config.device == "cuda":

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from helexa_engine import LLM, SamplingParams
 from helexa_engine.errors import BackendUnavailable
 from helexa_engine.ops import cuda
 from helexa_engine.runtime import cuda_device, cuda_facts
@@ -98,6 +99,27 @@ def test_a_name_that_was_asked_for_raises_with_the_reason(monkeypatch: pytest.Mo
     with pytest.raises(BackendUnavailable, match="device cuda: there is no NVIDIA driver") as caught:
         cuda_device.require_cuda()
     assert caught.value.facts == {"device": "cuda", "reason": "no_driver"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "words"),
+    [
+        (replace(GOOD, torch_cuda=None), "WARNING", "on cpu (not cuda: torch 2.11.0+cu130 is built without CUDA"),
+        (replace(GOOD, driver=0, devices=(), error=35), "INFO", "on cpu (not cuda: there is no NVIDIA driver here"),
+    ],
+    ids=["idle", "none"],
+)
+def test_auto_takes_the_cpu_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, facts: CudaFacts, level: str, words: str
+) -> None:
+    monkeypatch.setattr(cuda_device, "gather", lambda: facts)
+    caplog.set_level("INFO", "helexa_engine.runtime.load")
+    with LLM("demo", max_model_len=128, max_num_seqs=1) as llm:
+        assert llm.generate("1 + 1", SamplingParams(max_tokens=2)).token_ids
+    (said,) = (record for record in caplog.records if " on cpu" in record.message)
+    assert said.levelname == level and words in said.message
+    with pytest.raises(BackendUnavailable, match="^device cuda: "):
+        LLM("demo", device="cuda")
 
 
 def test_the_facts_of_this_process_can_be_had_without_a_driver() -> None:
