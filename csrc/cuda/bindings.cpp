@@ -2,8 +2,10 @@
 
 #include "../check.h"
 #include "argmax.h"
+#include "causal_conv1d.h"
 #include "cuda_error.h"
 #include "dequantize.h"
+#include "gated_delta_rule.h"
 #include "moe_router.h"
 #ifndef HELEXA_SIMT
 #include "devices.h"
@@ -167,6 +169,68 @@ void bind(py::module_& module) {
       py::arg("quant_type"), py::arg("planes"), py::arg("rows"), py::arg("cols"), py::arg("scale"), py::arg("ids"),
       py::arg("n"), py::arg("out"), py::arg("stream") = 0,
       "Rows ids [n] int64 of planes, times scale, as float32 [n, cols]; NaN for an id outside of the table.");
+  module.def(
+      "causal_conv1d",
+      [](uintptr_t x, int64_t x_stride, uintptr_t weight, int channels, int taps, uintptr_t conv_state,
+         uintptr_t state_slots, uintptr_t cu_seqlens, int num_sequences, uintptr_t out, int64_t num_tokens,
+         Stream stream) {
+        constexpr const char* f = "causal_conv1d";
+        CausalConv1d call;
+        call.x = pointer<const float>(x, f, "x"), call.x_stride = x_stride;
+        call.weight = pointer<const float>(weight, f, "weight");
+        call.channels = channels, call.taps = taps;
+        call.conv_state = pointer<float>(conv_state, f, "conv_state");
+        call.state_slots = pointer<const int32_t>(state_slots, f, "state_slots");
+        call.cu_seqlens = pointer<const int32_t>(cu_seqlens, f, "cu_seqlens");
+        call.num_sequences = num_sequences;
+        call.out = pointer<float>(out, f, "out"), call.num_tokens = num_tokens;
+        causal_conv1d(call, stream);
+      },
+      py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("channels"), py::arg("taps"), py::arg("conv_state"),
+      py::arg("state_slots"), py::arg("cu_seqlens"), py::arg("num_sequences"), py::arg("out"), py::arg("num_tokens"),
+      py::arg("stream") = 0,
+      "Convolution of packed sequences with their states, then SiLU; shapes: ops/causal_conv1d.");
+  module.def(
+      "gated_delta_rule",
+      [](uintptr_t qkv, int64_t qkv_stride, uintptr_t z, int64_t z_stride, uintptr_t b, int64_t b_stride, uintptr_t a,
+         int64_t a_stride, uintptr_t a_coefficient, uintptr_t dt_bias, uintptr_t norm_weight, double eps,
+         uintptr_t state, uintptr_t state_slots, uintptr_t cu_seqlens, int num_sequences, int num_k_heads,
+         int num_v_heads, int head_k_dim, int head_v_dim, bool tiled, uintptr_t out, int chunk, int chunk_from,
+         uintptr_t conv_weight, int taps, uintptr_t conv_state, uintptr_t arrivals, Stream stream) {
+        constexpr const char* f = "gated_delta_rule";
+        GatedDeltaRule call;
+        call.qkv = pointer<const float>(qkv, f, "qkv"), call.qkv_stride = qkv_stride;
+        call.z = pointer<const float>(z, f, "z"), call.z_stride = z_stride;
+        call.b = pointer<const float>(b, f, "b"), call.b_stride = b_stride;
+        call.a = pointer<const float>(a, f, "a"), call.a_stride = a_stride;
+        call.a_coefficient = pointer<const float>(a_coefficient, f, "a_coefficient");
+        call.dt_bias = pointer<const float>(dt_bias, f, "dt_bias");
+        call.norm_weight = pointer<const float>(norm_weight, f, "norm_weight");
+        call.eps = static_cast<float>(eps);
+        call.state = pointer<float>(state, f, "state");
+        call.state_slots = pointer<const int32_t>(state_slots, f, "state_slots");
+        call.cu_seqlens = pointer<const int32_t>(cu_seqlens, f, "cu_seqlens");
+        call.num_sequences = num_sequences;
+        call.num_k_heads = num_k_heads, call.num_v_heads = num_v_heads;
+        call.head_k_dim = head_k_dim, call.head_v_dim = head_v_dim;
+        call.tiled = tiled;
+        call.out = pointer<float>(out, f, "out");
+        call.chunk = chunk, call.chunk_from = chunk_from;
+        call.conv_weight = optional<const float>(conv_weight);
+        call.taps = taps;
+        call.conv_state = conv_weight ? pointer<float>(conv_state, f, "conv_state") : nullptr;
+        call.arrivals = conv_weight ? pointer<int32_t>(arrivals, f, "arrivals") : nullptr;
+        gated_delta_rule(call, stream);
+      },
+      py::arg("qkv"), py::arg("qkv_stride"), py::arg("z"), py::arg("z_stride"), py::arg("b"), py::arg("b_stride"),
+      py::arg("a"), py::arg("a_stride"), py::arg("a_coefficient"), py::arg("dt_bias"), py::arg("norm_weight"),
+      py::arg("eps"), py::arg("state"), py::arg("state_slots"), py::arg("cu_seqlens"), py::arg("num_sequences"),
+      py::arg("num_k_heads"), py::arg("num_v_heads"), py::arg("head_k_dim"), py::arg("head_v_dim"), py::arg("tiled"),
+      py::arg("out"), py::arg("chunk") = 0, py::arg("chunk_from") = 0, py::arg("conv_weight") = 0, py::arg("taps") = 0,
+      py::arg("conv_state") = 0, py::arg("arrivals") = 0, py::arg("stream") = 0,
+      "The delta rule with its norms and gates token by token; shapes: ops/gated_delta_rule. conv_weight not 0: with "
+      "the "
+      "convolution in front.");
 }
 
 }  // namespace helexa::cuda

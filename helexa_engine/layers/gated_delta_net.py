@@ -38,9 +38,7 @@ class GatedDeltaNet:
         device: str = "cpu",
     ) -> None:
         self._layer_idx = layer_idx
-        self._num_k_heads = num_k_heads
-        self._num_v_heads = num_v_heads
-        self._tiled = tiled
+        self._heads = {"num_k_heads": num_k_heads, "num_v_heads": num_v_heads, "tiled": tiled}
         value_dim = num_v_heads * head_v_dim
         channels = 2 * num_k_heads * head_k_dim + value_dim
         self._sizes = [channels, value_dim, num_v_heads, num_v_heads]
@@ -58,6 +56,9 @@ class GatedDeltaNet:
         }
         self._conv = causal_conv1d.choose(device, kernel_size=conv_kernel)
         self._delta_rule = gated_delta_rule.choose(device, head_k_dim=head_k_dim, head_v_dim=head_v_dim)
+        # Both in one call, where there is such a form and its convolution is the chosen one.
+        fused = getattr(self._delta_rule, "CONVOLUTION", None) is self._conv
+        self._step = self._delta_rule.gated_delta_step if fused else None
 
     def slots(self) -> dict[str, ParameterSlot]:
         return self._in.slots() | self._own | self._norm.slots() | self._out.slots()
@@ -67,23 +68,12 @@ class GatedDeltaNet:
         cache = batch.caches[self._layer_idx]
         assert isinstance(cache, StateCache)
         qkv, z, b, a = self._in(x, norm=norm).split_with_sizes(self._sizes, 1)  # torch.split is Python around this
-        qkv = self._conv.causal_conv1d(
-            qkv, self._conv_weight.get(), cache.conv_state, batch.state_slots, batch.cu_seqlens
-        )
-        values = self._delta_rule.gated_delta_rule(
-            qkv,
-            z,
-            b,
-            a,
-            self._a_coefficient.get(),
-            self._dt_bias.get(),
-            self._norm.weight,
-            self._norm.eps,
-            cache.recurrent_state,
-            batch.state_slots,
-            batch.cu_seqlens,
-            num_k_heads=self._num_k_heads,
-            num_v_heads=self._num_v_heads,
-            tiled=self._tiled,
-        )
+        convolution = (self._conv_weight.get(), cache.conv_state)
+        states = (cache.recurrent_state, batch.state_slots, batch.cu_seqlens)
+        gates = (self._a_coefficient.get(), self._dt_bias.get(), self._norm.weight, self._norm.eps)
+        if self._step is not None and batch.num_tokens == batch.num_sequences:
+            values = self._step(qkv, *convolution, z, b, a, *gates, *states, **self._heads)
+        else:
+            qkv = self._conv.causal_conv1d(qkv, *convolution, *states[1:])
+            values = self._delta_rule.gated_delta_rule(qkv, z, b, a, *gates, *states, **self._heads)
         return self._out(values, residual=x)

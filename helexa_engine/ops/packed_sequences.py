@@ -41,8 +41,17 @@ def check_packed_sequences(
     return list(zip(ends[:-1], ends[1:], slots, strict=True))
 
 
-def address_of(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The address of a contiguous CPU tensor that is what it should be. Raises ValueError."""
+def address_of(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    beside: torch.Tensor | None = None,
+) -> int:
+    """The address of a contiguous tensor that is what it should be, on the device of ``beside``. Raises ValueError."""
+    if beside is not None and tensor.device != beside.device:
+        raise ValueError(f"{op}: {name}: expected a tensor on {beside.device}, got one on {tensor.device}")
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
         raise ValueError(
             f"{op}: {name}: expected contiguous {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"

@@ -7,17 +7,18 @@ released model, and when not given).
 
 from __future__ import annotations
 
-from ..registry import Implementation, Op
+from ..registry import Facts, Implementation, Op
+
+
+def _supports(facts: Facts) -> bool:
+    return facts.get("kernel_size", 4) in range(2, 9)
+
 
 causal_conv1d = Op(
     "causal_conv1d",
     "helexa_engine.ops.causal_conv1d.reference",
-    Implementation(
-        "native",
-        "cpu",
-        "helexa_engine.ops.causal_conv1d.native",
-        supports=lambda facts: 2 <= facts.get("kernel_size", 4) <= 8,
-    ),
+    Implementation("native", "cpu", "helexa_engine.ops.causal_conv1d.native", supports=_supports),
+    Implementation("cuda", "cuda", "helexa_engine.ops.causal_conv1d.cuda", supports=_supports),
     Implementation(
         "triton", "cuda", "helexa_engine.ops.causal_conv1d.triton", needs_native=False, needs_package="triton"
     ),

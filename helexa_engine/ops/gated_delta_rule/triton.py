@@ -1,26 +1,25 @@
-"""``gated_delta_rule`` in Triton: chunks of 32 tokens by the chunk form, what is left of a sequence token by token, then the
-gated norm. Chunks begin at the sequence's first token of the call and the form depends on the sequence alone, so it gets the
-same bits whatever runs beside it, and cut at multiples of 32. Products are accurate to float32 (three TF32 passes).
+"""``gated_delta_rule`` in Triton: chunks of tokens by the chunk form, what is left of a sequence token by token, then the gated
+norm. Chunks begin at the sequence's first token of the call and the form depends on the sequence alone, so it gets the same bits
+whatever runs beside it, and cut at multiples of a chunk. Products are accurate to float32 (three TF32 passes).
 
 The chunk form is two kernels: one over all chunks at once for what no state takes part in, one that carries the state from
-chunk to chunk. Neither spills a register for head dims of 128; tests read that off the machine code for sm_80 and sm_90. Checked
-under the interpreter; never run on a card yet."""
+chunk to chunk. Neither spills a register with the tiles of ``tuning.json`` for head dims of 128; tests read that off the machine
+code for every architecture. Nothing waits for the device: lengths are read there, and grids come from shapes. Checked under the
+interpreter; never run on a card yet."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
 from ..packed_sequences import row_stride
+from .tuning import Tuning, tuning_for
 
 OP = "gated_delta_rule"
-CHUNK = 32
 CHUNK_FROM = 16  # a shorter rest goes token by token
-BLOCK_V = 32  # columns of a state that one program holds
-# Terms of a product over a head dimension that are in registers at once, and warps: what compiles without spills.
-SOLVE = {"BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
-ADVANCE = {"BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -46,6 +45,20 @@ def _tail_length(length, CHUNK: tl.constexpr, CHUNK_FROM: tl.constexpr):
     """Tokens at a sequence's end that are too few for a chunk."""
     rest = length % CHUNK
     return tl.where(rest < CHUNK_FROM, rest, 0)
+
+
+@triton.jit
+def _sequence_of_tile(cu_seqlens, num_sequences, tile, CHUNK: tl.constexpr):
+    """The sequence whose chunk a program works on. Those of sequence i begin at tile ``cu_seqlens[i] // CHUNK + i``: none too few
+    for any lengths, so a grid of ``T // CHUNK + N`` tiles has them all."""
+    low = tile - tile
+    high = low + num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_before = tl.load(cu_seqlens + middle) // CHUNK + middle <= tile
+        low = tl.where(is_before, middle, low)
+        high = tl.where(is_before, high, middle)
+    return low
 
 
 @triton.jit
@@ -85,9 +98,9 @@ def _recurrent(
         tl.store(place, s, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _solve_chunks(
-    qkv, qkv_stride, b, b_stride, a, a_stride, a_coefficient, dt_bias, cu_seqlens, solutions, scores, factors,
+    qkv, qkv_stride, b, b_stride, a, a_stride, a_coefficient, dt_bias, cu_seqlens, num_sequences, solutions, scores, factors,
     K: tl.constexpr, V: tl.constexpr, DK: tl.constexpr, TILED: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_FROM: tl.constexpr,
 ):  # fmt: skip
@@ -95,11 +108,12 @@ def _solve_chunks(
     ``solutions`` [T, V, CHUNK], the rows of (I + A)^-1 diag(beta) by forward substitution, A_ij = beta_i D_ij (k_i . k_j) below
     the diagonal; ``scores`` [T, V, CHUNK], D_ij (q_i . k_j) down from it; ``factors`` [T, V, 4]: exp(G), exp(G_C - G) and those
     that normalise q and k."""
-    sequence, head = tl.program_id(0), tl.program_id(2)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    sequence = _sequence_of_tile(cu_seqlens, num_sequences, tile, CHUNK)
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)
     end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
     end -= _tail_length(end - begin, CHUNK, CHUNK_FROM)
-    first = begin + tl.program_id(1) * CHUNK
+    first = begin + (tile - (begin // CHUNK + sequence)) * CHUNK
     if first < end:
         key_head = _key_head(head, K, V, TILED)
         i = tl.arange(0, CHUNK)
@@ -221,6 +235,92 @@ def _gated_norm(out, z, z_stride, norm_weight, eps, V: tl.constexpr, DV: tl.cons
     tl.store(place, o, mask=d < DV)
 
 
+def runs_on(device: torch.device) -> bool:
+    """On a card; elsewhere under Triton's interpreter alone (``TRITON_INTERPRET=1``)."""
+    return device.type == "cuda" or bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def chunks(
+    qkv: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    a_coefficient: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    recurrent_state: torch.Tensor,
+    state_slots: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    num_k_heads: int,
+    num_v_heads: int,
+    tiled: bool,
+) -> tuple[torch.Tensor, int, int] | None:
+    """Advances the states over all whole chunks, where a rest of ``CHUNK_FROM`` tokens or more counts as one.
+
+    Returns:
+        The op's outputs, where rows of tokens that are in no chunk hold anything; the chunk; and from how many tokens a rest is one.
+        None where there are too few tokens for any.
+    """
+    tuning = _tuning(recurrent_state)
+    out = torch.empty(z.shape, dtype=torch.float32, device=z.device)
+    rows = (qkv, z, b, a)
+    strides = [row_stride(OP, "activations", tensor, (tensor.shape[0], tensor.shape[1])) for tensor in rows]
+    heads = (num_k_heads, num_v_heads, tiled)
+    inputs = (qkv, strides[0], b, strides[2], a, strides[3], a_coefficient, dt_bias)
+    if not _advance(inputs, recurrent_state, state_slots, cu_seqlens, out, heads, tuning):
+        return None
+    _norm(out, z, strides[1], norm_weight, eps, num_v_heads)
+    return out, tuning.chunk, CHUNK_FROM
+
+
+def _tuning(recurrent_state: torch.Tensor) -> Tuning:
+    return tuning_for(_architecture(recurrent_state.device), recurrent_state.shape[2], recurrent_state.shape[3])
+
+
+def _advance(inputs, recurrent_state, state_slots, cu_seqlens, out, heads, tuning) -> bool:
+    """The chunk form, into ``out`` before its norm; False where there are too few tokens for a chunk."""
+    (num_k_heads, num_v_heads, tiled), qkv = heads, inputs[0]
+    num_tokens, num_sequences = qkv.shape[0], state_slots.shape[0]
+    head_k_dim, head_v_dim = recurrent_state.shape[2:]
+    if num_tokens < CHUNK_FROM:
+        return False
+    solutions, scores = qkv.new_empty((2, num_tokens, num_v_heads, tuning.chunk))
+    factors = qkv.new_empty((num_tokens, num_v_heads, 4))
+    constants = {
+        "K": num_k_heads, "V": num_v_heads, "DK": head_k_dim, "TILED": tiled, "CHUNK": tuning.chunk, "CHUNK_FROM": CHUNK_FROM,
+    }  # fmt: skip
+    _solve_chunks[(num_tokens // tuning.chunk + num_sequences, num_v_heads)](
+        *inputs, cu_seqlens, num_sequences, solutions, scores, factors, **constants, **_options(tuning.solve)
+    )
+    _advance_chunks[(num_sequences, num_v_heads, triton.cdiv(head_v_dim, tuning.block_v))](
+        *inputs[:2], solutions, scores, factors, recurrent_state, state_slots, cu_seqlens, out,
+        **constants, DV=head_v_dim, BLOCK_V=tuning.block_v, **_options(tuning.advance),
+    )  # fmt: skip
+    return True
+
+
+def _options(tile) -> dict[str, int]:
+    return {"BLOCK_K": tile.block_k, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+def _norm(out, z, z_stride, norm_weight, eps, num_v_heads) -> None:
+    head_v_dim = norm_weight.shape[0]
+    _gated_norm[(out.shape[0], num_v_heads)](
+        out, z, z_stride, norm_weight, eps,
+        V=num_v_heads, DV=head_v_dim, BLOCK=triton.next_power_of_2(head_v_dim), num_warps=1,
+    )  # fmt: skip
+
+
 def gated_delta_rule(
     qkv: torch.Tensor,
     z: torch.Tensor,
@@ -270,26 +370,14 @@ def gated_delta_rule(
     out = torch.empty((num_tokens, value_dim), dtype=torch.float32, device=qkv.device)
     if num_tokens == 0:
         return out
-    columns = triton.cdiv(head_v_dim, BLOCK_V)
-    heads = {"K": num_k_heads, "V": num_v_heads, "DK": head_k_dim, "TILED": tiled}
-    chunks = {"CHUNK": CHUNK, "CHUNK_FROM": CHUNK_FROM}
+    tuning = _tuning(recurrent_state)
     inputs = (qkv, strides["qkv"], b, strides["b"], a, strides["a"], a_coefficient, dt_bias)
-    if num_tokens >= CHUNK_FROM:  # else no sequence has a chunk
-        solutions, scores = qkv.new_empty((2, num_tokens, num_v_heads, CHUNK))
-        factors = qkv.new_empty((num_tokens, num_v_heads, 4))
-        _solve_chunks[(num_sequences, triton.cdiv(num_tokens, CHUNK), num_v_heads)](
-            *inputs, cu_seqlens, solutions, scores, factors, **heads, **chunks, **SOLVE
-        )
-        _advance_chunks[(num_sequences, num_v_heads, columns)](
-            qkv, strides["qkv"], solutions, scores, factors, recurrent_state, state_slots, cu_seqlens, out,
-            **heads, **chunks, **ADVANCE, DV=head_v_dim, BLOCK_V=BLOCK_V,
-        )  # fmt: skip
-    _recurrent[(num_sequences, num_v_heads, columns)](
+    heads = (num_k_heads, num_v_heads, tiled)
+    _advance(inputs, recurrent_state, state_slots, cu_seqlens, out, heads, tuning)
+    _recurrent[(num_sequences, num_v_heads, triton.cdiv(head_v_dim, tuning.block_v))](
         *inputs, recurrent_state, state_slots, cu_seqlens, out,
-        **heads, **chunks, DV=head_v_dim, BLOCK_K=triton.next_power_of_2(head_k_dim), BLOCK_V=BLOCK_V, num_warps=4,
+        K=num_k_heads, V=num_v_heads, DK=head_k_dim, DV=head_v_dim, TILED=tiled, CHUNK=tuning.chunk, CHUNK_FROM=CHUNK_FROM,
+        BLOCK_K=triton.next_power_of_2(head_k_dim), BLOCK_V=tuning.block_v, num_warps=4,
     )  # fmt: skip
-    _gated_norm[(num_tokens, num_v_heads)](
-        out, z, strides["z"], norm_weight, eps,
-        V=num_v_heads, DV=head_v_dim, BLOCK=triton.next_power_of_2(head_v_dim), num_warps=1,
-    )  # fmt: skip
+    _norm(out, z, strides["z"], norm_weight, eps, num_v_heads)
     return out

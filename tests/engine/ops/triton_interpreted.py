@@ -3,15 +3,20 @@ that when it is first imported, and other tests may import it."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from helexa_engine.ops.causal_conv1d import reference as conv_reference
 from helexa_engine.ops.causal_conv1d import triton as conv
-from helexa_engine.ops.gated_delta_rule import reference
+from helexa_engine.ops.gated_delta_rule import cuda, reference
 from helexa_engine.ops.gated_delta_rule import triton as rule
+from helexa_engine.ops.gated_delta_rule.tuning import Tile, Tuning, tuning_for
+from helexa_engine.testing.cuda_core import emulated_cuda, emulation
 
 EPS = 1e-2  # as in test_gated_delta_rule.py
+CHUNK = tuning_for("interpreter", 16, 16).chunk
 
 
 @pytest.fixture(autouse=True)
@@ -57,14 +62,15 @@ def run_rule(module, arguments, dtype=torch.float32, **options) -> tuple[torch.T
     return module.gated_delta_rule(**dict(arguments, recurrent_state=state), **options), state
 
 
-def judge(*draws) -> None:
+def judge(*draws, module=rule) -> None:
     """The largest error of all draws against twice the twin's largest: on one draw of few values the twin may be lucky, and how numpy
     adds, and so what the interpreter gives, differs from processor to processor."""
     errors = []
     for arguments in draws:
         truth, exact = run_rule(reference, arguments, torch.float64, compute_dtype=torch.float64)
         twin, twin_state = run_rule(reference, arguments)
-        got, state = run_rule(rule, arguments)
+        with emulated_cuda() if module is cuda else nullcontext():
+            got, state = run_rule(module, arguments)
         assert got.shape == truth.shape and not got.isnan().any() and state[:2].isnan().all()
         pairs = ((got, truth), (twin, truth), (state[2:], exact[2:]), (twin_state[2:], exact[2:]))
         errors.append([(ours - right).abs().max() for ours, right in pairs])
@@ -110,13 +116,46 @@ def test_a_batch_equals_each_alone_and_parts_equal_the_whole_bit_for_bit() -> No
     ends, state = arguments["cu_seqlens"].tolist(), arguments["recurrent_state"].clone()
     for i, slot in enumerate(arguments["state_slots"]):
         parts = []
-        for begin in range(ends[i], ends[i + 1], rule.CHUNK):
-            end = min(begin + rule.CHUNK, ends[i + 1])
+        for begin in range(ends[i], ends[i + 1], CHUNK):
+            end = min(begin + CHUNK, ends[i + 1])
             rows = {name: arguments[name][begin:end] for name in ("qkv", "z", "b", "a")}
             one = {"state_slots": slot[None], "cu_seqlens": torch.tensor([0, end - begin], dtype=torch.int32)}
             parts.append(rule.gated_delta_rule(**dict(arguments, **rows, **one, recurrent_state=state)))
         assert torch.equal(torch.cat(parts), batch[ends[i] : ends[i + 1]])
     assert torch.equal(state[2:], batch_state[2:])
+
+
+@pytest.mark.parametrize("lengths", [[70], [15, 130, 0, 1, 80]], ids=str)
+def test_the_rule_by_chunks_of_64(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "_tuning", lambda _: Tuning(64, 16, Tile(16, 4, 1), Tile(16, 4, 1)))
+    judge(rule_arguments(lengths))
+
+
+def test_no_sequence_waits_for_its_chunks_in_vain() -> None:
+    """Every chunk of every sequence has a tile of the grid, which is made without their lengths; also where most have none."""
+    lengths = [0, 0, 33, 1, 31, 0, 64, 32, 16, 15, 0]
+    judge(rule_arguments(lengths, seed=1), rule_arguments(lengths[::-1], seed=2))
+
+
+@pytest.mark.skipif(emulation() is None, reason="the emulation is not built: scripts/build_native does")
+def test_on_cuda_chunks_go_through_triton_and_the_rest_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence gets the same bits whatever runs beside it: a decode step beside a prompt, and alone."""
+    arguments = rule_arguments([50, 1, 0, 32, 3, 20])
+    with emulated_cuda():
+        out, state = run_rule(cuda, arguments)
+        for i, slot in enumerate(arguments["state_slots"]):
+            begin, end = arguments["cu_seqlens"][i : i + 2].tolist()
+            rows = {name: arguments[name][begin:end] for name in ("qkv", "z", "b", "a")}
+            one = {"state_slots": slot[None], "cu_seqlens": torch.tensor([0, end - begin], dtype=torch.int32)}
+            alone, alone_state = run_rule(cuda, arguments | rows | one)
+            assert torch.equal(alone, out[begin:end]) and torch.equal(alone_state[slot], state[slot])
+        triton_out, _ = run_rule(rule, arguments)
+        assert torch.equal(out[:32], triton_out[:32])  # of the same kernels
+        with monkeypatch.context() as patch:
+            patch.setattr(rule, "runs_on", lambda _: False)
+            by_token, _ = run_rule(cuda, arguments)
+        assert torch.equal(out[50:51], by_token[50:51]) and not torch.equal(out[:32], by_token[:32])
+    judge(arguments, module=cuda)
 
 
 def test_the_comparison_can_fail() -> None:
