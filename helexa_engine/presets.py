@@ -1,4 +1,4 @@
-"""Models of known shape with random weights, written as GGUF: speed needs a shape, not a download.
+"""Models of known shape with random weights, as GGUF files or in memory: speed needs a shape, not a download.
 
 Every block is valid and of natural size: codes are uniform random bytes and the scales are set so that a matrix of ``K``
 columns has values of standard deviation ``1 / sqrt(K)``, which keeps activations finite and near 1. Random data,
@@ -26,8 +26,10 @@ from .errors import InvalidRequest
 from .quant import dequantize, mixes, types
 from .quant.mixes import Mix
 from .quant.types import QuantType
-from .weights import gguf_names
+from .weights import canonical, gguf_names
+from .weights.checkpoint import Checkpoint
 from .weights.gguf_writer import GGUFWriter
+from .weights.raw_tensor import RawTensor
 
 _CHUNK_VALUES = 1 << 23
 
@@ -437,3 +439,60 @@ def _pieces(tensor: Tensor, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
     for row in range(0, all_rows, rows_at_once):
         rows = min(rows_at_once, all_rows - row)
         yield random_values(tensor.quant_type, rows * cols, tensor.std, rng)
+
+
+# --- without a file ---------------------------------------------------------------------------------------------------
+
+
+class PresetCheckpoint(Checkpoint):
+    """The model that :func:`write_preset_gguf` writes, without the file: for models that are larger than a disk, and to be loaded at once.
+
+    Tensors of one type and size of values are the same random blocks, as many as each needs; they lie in memory once. So how fast it
+    loads says nothing.
+
+    Raises:
+        InvalidRequest: no such preset or no such mix.
+    """
+
+    def __init__(self, name: str, quant: str, *, seed: int = 0) -> None:
+        shape, mix = preset(name), mixes.by_name(quant)
+        if mix is None:
+            raise InvalidRequest("quant", f"expected one of {', '.join(mixes.MIXES)}; got {quant!r}")
+        self.path = Path(f"{name}-{quant.upper()}")
+        self.architecture = shape.architecture
+        said = {**_metadata(name, shape, mix), "tokenizer.ggml.token_type": np.array(_token_types(shape))}
+        # As a file holds numbers.
+        self.metadata = {key: float(np.float32(v)) if isinstance(v, float) else v for key, v in said.items()}
+        self.generation_config = gguf_names.generation_config(self.metadata, self.where)
+        self.chat_template = _CHAT_TEMPLATE
+        self.config = gguf_names.hf_config(self.metadata, shape.vocab_size, shape.tie_word_embeddings, self.where)
+        self.unused = {}
+        self._seed = seed
+        self._largest: dict[tuple[QuantType, float], int] = {}
+        self._blocks: dict[tuple[QuantType, float], npt.NDArray[np.uint8]] = {}
+        listed = tensors(shape, mix)
+        self.nbytes = sum(tensor.nbytes for tensor in listed)
+        for tensor in listed:
+            key = tensor.quant_type, tensor.std
+            self._largest[key] = max(self._largest.get(key, 0), tensor.nbytes)
+        stored = [
+            RawTensor(tensor.name, tensor.quant_type, tensor.shape, partial(self._made, tensor), (tensor.name,))
+            for tensor in listed
+        ]
+        renamed = [raw.presented(gguf_names.hf_name(raw.name, shape.layer_types) or raw.name) for raw in stored]
+        self._tensors = canonical.split(self.config, renamed, self.where)
+
+    def _made(self, tensor: Tensor) -> npt.NDArray[np.uint8]:
+        if len(tensor.shape) == 1 or tensor.quant_type is types.F32:  # small, and each has a mean of its own
+            return np.concatenate(list(_pieces(tensor, self._seed)))
+        key = tensor.quant_type, tensor.std
+        if key not in self._blocks:
+            rng = np.random.Generator(np.random.SFC64([self._seed, len(self._blocks)]))
+            block = tensor.quant_type.block_size
+            values = min(_CHUNK_VALUES, self._largest[key] // tensor.quant_type.block_bytes * block)
+            drawn = random_values(tensor.quant_type, values // block * block, tensor.std, rng)
+            self._blocks[key] = np.resize(drawn, self._largest[key])  # again and again: speed does not tell
+        return self._blocks[key][: tensor.nbytes]
+
+    def _release_stored(self, name: str) -> None:
+        return None  # what it shares with others is needed again

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.engine import aggregate, base, llama_cpp, prefix, step_overhead
-from benchmarks.engine.cases import GROUPS, Case, is_recorded, rows_of
+from benchmarks.engine import aggregate, base, goals, llama_cpp, prefix, step_overhead
+from benchmarks.engine.cases import GROUPS, ON_CARD, Case, is_recorded, rows_of
 from benchmarks.engine.summary import newest_pairs, summary
 from benchmarks.load.agreement import disagreements
 from helexa_engine import LLM
-from helexa_engine.cli.bench import preset_file
+from helexa_engine.cli.bench import measure, prefill_operations, preset_file, preset_model, report
+from helexa_engine.config import EngineConfig
 from helexa_engine.ops.registry import native_core
-from helexa_engine.presets import PRESETS
+from helexa_engine.presets import PRESETS, PresetCheckpoint
 from helexa_engine.quant import mixes
+from helexa_engine.testing.cuda_core import emulated_cuda, emulation
 from helexa_engine.weights.checkpoint import open_checkpoint
 
 CASE = Case("qwen3-0.6b", "Q8_0", 64, 32, 4096)
@@ -33,7 +35,7 @@ def row(engine: str = "helexa", **changes: Any) -> dict[str, Any]:
 
 
 def test_every_case_has_a_preset_and_a_mix_and_groups_do_not_overlap() -> None:
-    cases = [case for group in GROUPS.values() for case in group]
+    cases = [case for group in [*GROUPS.values(), ON_CARD] for case in group]
     assert all(case.preset in PRESETS and mixes.by_name(case.quant) is not None for case in cases)
     assert len(set(cases)) == len(cases)
 
@@ -134,6 +136,73 @@ def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path) -> None:
 )
 def test_every_benchmark_imports(name: str) -> None:
     assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+# -- On a card
+
+
+def test_every_goal_is_measured_on_a_card_and_every_shape_there_has_one() -> None:
+    measured = {(case.quant, case.preset) for case in ON_CARD}
+    assert measured == {(mix, preset) for mix, shapes in goals.DECODE.items() for preset in shapes}
+    assert all(goals.PREFILL_FROM in case.more_prompts for case in ON_CARD)
+    every = [goal for shapes in goals.DECODE.values() for goal in shapes.values()]
+    every += [
+        *goals.OVERHEAD.values(),
+        *goals.PREFILL.values(),
+        *goals.AGGREGATE.values(),
+        goals.LOAD,
+        goals.DELTA_STEP,
+    ]
+    assert all((goal.record < goal.floor) == goal.less_is_better and goal.record != goal.floor for goal in every)
+
+
+def test_a_row_is_judged_by_floor_and_record() -> None:
+    prefills = [{"tokens": 512, "share_of_matmul_rate": 0.1}, {"tokens": 4096, "share_of_matmul_rate": 0.6}]
+    of_card = row(
+        model="qwen3.5-4b Q4_K_M", decode_context=0, decode_share_of_bandwidth=0.4, prefills=prefills, weights_shared=True,
+        decode_overhead_per_layer_microseconds=31.0,
+    )  # fmt: skip
+    assert [str(item).split(": ")[-1] for item in goals.judged(of_card)] == ["floor", "below", "record"]
+    assert [item.quantity for item in goals.judged(of_card)] == [
+        "decode",
+        "overhead a layer, hybrid",
+        "prefill 4096, quantised",
+    ]
+    assert list(goals.judged(of_card | {"model": "a.gguf"})) == []
+    loaded = of_card | {"weights_shared": False, "file_bytes": 30e9, "load_seconds": 2.0}
+    assert [item.measured for item in goals.judged(loaded)][-1] == 15.0
+    small = of_card | {"model": "qwen3.5-0.8b BF16"}
+    assert not any("prefill" in item.quantity for item in goals.judged(small))
+    together = {"benchmark": "aggregate", "model": "qwen3-0.6b Q4_K_M", "sequences": 8, "times_single": 4.5}
+    assert [item.goal.verdict(item.measured) for item in goals.judged(together)] == ["floor"]
+
+
+def test_a_prompts_operations_are_those_of_its_parameters_and_of_attention() -> None:
+    dense = PresetCheckpoint("qwen3-8b", "Q4_K_M")
+    assert prefill_operations(dense, 1) == pytest.approx(2 * 6.95e9, rel=0.01)  # 8.2e9 but for embedding and head
+    alone, long = (prefill_operations(dense, tokens) / tokens for tokens in (1, 4096))
+    assert long - alone == pytest.approx(4 * 4096 * 36 * 4095 / 2)
+    experts = PresetCheckpoint("qwen3.5-35b-a3b", "Q4_K_M")
+    assert 2 * 2e9 < prefill_operations(experts, 1) < 2 * 3e9
+
+
+@pytest.mark.skipif(native_core() is None or emulation() is None, reason="the core or the emulation is not built")
+@pytest.mark.parametrize("preset", ["qwen3-tiny", "qwen3.5-tiny"])
+def test_a_card_is_measured_with_its_ceilings(preset: str) -> None:
+    with emulated_cuda():
+        model = preset_model(preset, "Q4_K_M", None, "cuda")
+        assert isinstance(model, PresetCheckpoint)
+        config = EngineConfig(device="cuda", max_num_batched_tokens=128)
+        made = measure(model, config, name=preset, prompt_tokens=[64, 130], decode_tokens=4, repetitions=1)
+    assert made["machine"]["device"] == "emulated" and made["weights_shared"] and made["kv_dtype"] == "bfloat16"
+    assert [prefill["tokens"] for prefill in made["prefills"]] == [64, 130] and made["max_num_batched_tokens"] == 128
+    step_bytes = sum(made[f"decode_{part}_per_token"] for part in ("bytes", "kv_bytes", "state_bytes"))
+    share = step_bytes * made["decode_tokens_per_second"] / made["read_bytes_per_second"]
+    assert made["decode_share_of_bandwidth"] == pytest.approx(share, abs=0.001)
+    assert (made["decode_state_bytes_per_token"] > 0) == (preset == "qwen3.5-tiny")
+    assert "decode_share_outside_kernels" not in made
+    assert "prefill 130" in report(made) and "of the multiply rate" in report(made)
+    json.dumps(made)
 
 
 def load_record(**changes: int) -> dict[str, Any]:

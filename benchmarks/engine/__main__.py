@@ -7,14 +7,17 @@ import sys
 import time
 from pathlib import Path
 
-from helexa_engine.cli import machine
-from helexa_engine.cli.bench import append_row, measure, preset_file, report
+from helexa_engine.cli import device_ceilings, machine
+from helexa_engine.cli.bench import append_row, measure, preset_file, preset_model, report
 from helexa_engine.config import EngineConfig
 from helexa_engine.errors import HelexaError
 from helexa_engine.ops.registry import require_native
+from helexa_engine.runtime.cuda_device import require_cuda
+from helexa_engine.weights.checkpoint import Checkpoint
 
 from . import base, llama_cpp
-from .cases import GROUPS, Case, is_recorded, rows_of
+from .cases import GROUPS, ON_CARD, Case, is_recorded, rows_of
+from .goals import judged
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "engine.jsonl"
 
@@ -25,7 +28,13 @@ def main() -> int:
     parser.add_argument("--preset", default="qwen3-0.6b", help="[qwen3-0.6b]")
     parser.add_argument("--quant", nargs="+", default=["Q8_0", "Q4_K_M"], help="[Q8_0 Q4_K_M]")
     parser.add_argument("--preset-folder", type=Path, help="where preset files are kept; default: the temporary folder")
-    parser.add_argument("--group", nargs="+", choices=GROUPS, help="the rows of a group that this commit lacks instead")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models run [cpu]")
+    parser.add_argument(
+        "--group",
+        nargs="+",
+        choices=[*GROUPS, "card"],
+        help="the rows of a group that this commit lacks instead; card: on cuda",
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row of a group after this time")
     parser.add_argument("--base", metavar="REV", help="time this commit and REV in turn instead, without a row")
     parser.add_argument(
@@ -35,7 +44,8 @@ def main() -> int:
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="as of helexa serve [0.9]")
     parser.add_argument("--mmap-experts", action="store_true", help="as of helexa serve")
     parser.add_argument("--kv-dtype", default="auto", help="as of helexa serve [auto]")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="[512]")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512], help="several only on cuda [512]")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="as of helexa serve; default: 512, and 4096 on cuda")
     parser.add_argument("--decode-tokens", type=int, default=64, help="[64]")
     parser.add_argument("--decode-context", type=int, default=0, help="tokens in the context of a decode step [0]")
     parser.add_argument("--repetitions", type=int, default=5, help="[5]")
@@ -46,15 +56,16 @@ def main() -> int:
     try:
         if arguments.group:
             return measure_groups(arguments)
-        shape = (arguments.prompt_tokens, arguments.decode_tokens, arguments.decode_context)
+        first, *more = arguments.prompt_tokens
+        shape = (first, arguments.decode_tokens, arguments.decode_context, tuple(more))
         cases = [Case(arguments.preset, quant, *shape) for quant in arguments.quant]
-        models = [(Path(model).name, Path(model)) for model in arguments.models] or [
-            (case.name, preset_file(case.preset, case.quant, arguments.preset_folder)) for case in cases
+        models: list[tuple[str, str | Checkpoint]] = [(Path(model).name, model) for model in arguments.models] or [
+            (case.name, _model(case, arguments)) for case in cases
         ]
         for name, path in models:
             if arguments.base is not None:
                 print(
-                    f"{'model':>12}  {name}\n{base.compare(arguments.base, path, _options(arguments), arguments.repetitions)}"
+                    f"{'model':>12}  {name}\n{base.compare(arguments.base, Path(str(path)), _options(arguments), arguments.repetitions)}"
                 )
             else:
                 measure_file(name, path, cases[0], arguments)
@@ -66,46 +77,57 @@ def main() -> int:
 
 def measure_groups(arguments: argparse.Namespace) -> int:
     """What is missing of the groups; 3 when the time was over before all was there."""
-    started, commit, native = time.monotonic(), machine.commit(), require_native()
-    cases = [case for group in arguments.group for case in GROUPS[group]]
-    for case in cases:  # writing presets is no part of the time
+    started, commit, level = time.monotonic(), machine.commit(), require_native().cpu_isa()
+    if arguments.device == "cuda":
+        level = device_ceilings.describe(require_cuda())["instruction_set"]
+    cases = [case for group in arguments.group for case in (ON_CARD if group == "card" else GROUPS[group])]
+    for case in cases if arguments.device == "cpu" else ():  # writing presets is no part of the time
         preset_file(case.preset, case.quant, arguments.preset_folder)
     longest = 0.0
     for done, case in enumerate(cases):
         rows = rows_of(arguments.output)
         peer = arguments.peer_llama_bench is not None
-        if is_recorded(case, rows, commit=commit, instruction_set=native.cpu_isa(), peer=peer):
+        if is_recorded(case, rows, commit=commit, instruction_set=level, peer=peer):
             continue
         before = time.monotonic()
         if before - started + longest > arguments.seconds:
             print(f"{len(cases) - done} of {len(cases)} rows are still missing: run the same again", file=sys.stderr)
             return 3
-        measure_file(case.name, preset_file(case.preset, case.quant, arguments.preset_folder), case, arguments)
+        measure_file(case.name, _model(case, arguments), case, arguments)
         longest = max(longest, time.monotonic() - before)
     return 0
 
 
-def measure_file(name: str, path: Path, case: Case, arguments: argparse.Namespace) -> None:
+def _model(case: Case, arguments: argparse.Namespace) -> str | Checkpoint:
+    return preset_model(case.preset, case.quant, arguments.preset_folder, arguments.device)
+
+
+def measure_file(name: str, model: str | Checkpoint, case: Case, arguments: argparse.Namespace) -> None:
     """One row, and the peer's behind it. Both are written at once, so that a broken run leaves no half."""
+    tokens = arguments.max_num_batched_tokens or (512 if arguments.device == "cpu" else 4096)
     row = measure(
-        str(path),
+        model,
         EngineConfig(
+            device=arguments.device,
+            max_num_batched_tokens=tokens,
             num_threads=arguments.num_threads,
             memory_fraction=arguments.memory_fraction,
             mmap_experts=arguments.mmap_experts,
             kv_dtype=arguments.kv_dtype,
         ),
         name=name,
-        prompt_tokens=case.prompt_tokens,
+        prompt_tokens=[case.prompt_tokens, *case.more_prompts],
         decode_tokens=case.decode_tokens,
         decode_context=case.decode_context,
         repetitions=arguments.repetitions,
     )
     print(report(row), flush=True)
+    if arguments.device == "cuda":
+        print("\n".join(map(str, judged(row))), flush=True)
     if arguments.peer_llama_bench is None:
         append_row(arguments.output, row)
         return
-    peer = llama_cpp.measure(arguments.peer_llama_bench, path, row)
+    peer = llama_cpp.measure(arguments.peer_llama_bench, Path(str(model)), row)
     print(llama_cpp.compare(row, peer), flush=True)
     append_row(arguments.output, row)
     append_row(arguments.output, peer)
@@ -113,8 +135,9 @@ def measure_file(name: str, path: Path, case: Case, arguments: argparse.Namespac
 
 def _options(arguments: argparse.Namespace) -> list[str]:
     """The options of one turn of ``helexa bench``; ``--repetitions`` counts the turns."""
-    names = ("prompt_tokens", "decode_tokens", "num_threads", "memory_fraction")
+    names = ("decode_tokens", "num_threads", "memory_fraction")
     given = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in names]
+    given.append(("--prompt-tokens", arguments.prompt_tokens[0]))
     if arguments.kv_dtype != "auto":
         given.append(("--kv-dtype", arguments.kv_dtype))
     if arguments.decode_context:

@@ -11,13 +11,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """One row: prefill of ``prompt_tokens``, then ``decode_tokens`` steps behind ``decode_context`` tokens."""
+    """One row: prefill of ``prompt_tokens``, then ``decode_tokens`` steps behind ``decode_context`` tokens. On a card prompts of
+    ``more_prompts`` too."""
 
     preset: str
     quant: str
     prompt_tokens: int = 512
     decode_tokens: int = 64
     decode_context: int = 0
+    more_prompts: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -42,6 +44,17 @@ GROUPS: dict[str, list[Case]] = {
     "medium-short": [Case(preset, quant, 64, 32) for preset in MEDIUM for quant in QUANTS[:2]],
     "experts": [Case("qwen3-30b-a3b", "Q4_K_M", 64, 32)],
 }
+
+#: What is measured on a card, what says most first: the shapes and types that goals are set for (``goals.py``).
+ON_CARD = [
+    Case(preset, quant, 512, 128, more_prompts=(4096, 16384))
+    for quant, presets in {
+        "Q4_K_M": ("qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3-8b", "qwen3.5-0.8b"),
+        "Q8_0": ("qwen3.5-4b", "qwen3.5-27b", "qwen3.5-9b", "qwen3.5-35b-a3b", "qwen3.5-0.8b"),
+        "BF16": ("qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b", "qwen3-0.6b", "qwen3.5-0.8b"),
+    }.items()
+    for preset in presets
+]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

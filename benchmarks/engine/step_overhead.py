@@ -127,8 +127,8 @@ def _measure(loaded: LoadedModel, count: int, steps: int, temperature: float) ->
         with (
             timed(engine.scheduler, "schedule", seconds),
             timed(engine.runner, "forward", seconds),
-            timed(engine.runner, "logits", seconds),
-            timed(engine, "_sample", seconds),
+            timed(engine.runner, "device_logits", seconds),
+            timed(engine.runner, "sample", seconds),
         ):
             kernels, started = native.kernel_seconds(), time.perf_counter()
             outputs = engine.step()
@@ -139,15 +139,16 @@ def _measure(loaded: LoadedModel, count: int, steps: int, temperature: float) ->
         for output in outputs:
             makers[output.request_id].push(output)
         text = time.perf_counter() - started
-        model = seconds["forward"] + seconds["logits"]
+        model = seconds["forward"] + seconds["device_logits"]
+        sampling = seconds["sample"] - seconds["device_logits"]
         samples.append(
             {
                 "step": whole,
                 "host": whole - kernels,
                 "schedule": seconds["schedule"],
                 "batch": model - kernels,
-                "sample": seconds["_sample"],
-                "rest": whole - model - seconds["schedule"] - seconds["_sample"],
+                "sample": sampling,
+                "rest": whole - model - seconds["schedule"] - sampling,
                 "text": text,
             }
         )

@@ -7,25 +7,29 @@ overhead per layer ``(seconds per token - bytes / bandwidth) / layers`` say what
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cache.spec import PAGE_SIZE
 from ..config import EngineConfig, add_flags
 from ..errors import BackendUnavailable, InvalidRequest
+from ..ops.cuda import torch_device
 from ..sampling_params import SamplingParams
-from . import machine
+from . import device_ceilings, machine
 from .options import UsageError, add_config_flag, model_path, resolve_config
 
 if TYPE_CHECKING:
     from ..llm import LLM
+    from ..weights.checkpoint import Checkpoint
     from ..weights.raw_tensor import RawTensor
 
 #: Room beside prompt and answer, so that no run ends at the context's border.
@@ -45,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="where preset files are written and kept; default: the temporary folder",
     )
-    parser.add_argument("--prompt-tokens", metavar="N", type=_positive, default=512, help="length of the prompts [512]")
+    parser.add_argument(
+        "--prompt-tokens", metavar="N", type=_positive, nargs="+", default=[512], help="lengths of the prompts [512]"
+    )
     parser.add_argument(
         "--decode-tokens", metavar="N", type=_positive, default=64, help="tokens generated in a run [64]"
     )
@@ -74,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, name = arguments.model, arguments.model
     if arguments.preset is not None:
         quant = config.quant or "Q4_K_M"
-        model = str(preset_file(arguments.preset, quant, arguments.preset_folder))
+        model = preset_model(arguments.preset, quant, arguments.preset_folder, config.device)
         name = f"{arguments.preset} {quant}"
         config = dataclasses.replace(config, quant=None)
     row = measure(
@@ -92,6 +98,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def preset_model(preset: str, quant: str, folder: Path | None, device: str) -> str | Checkpoint:
+    """The preset as :func:`measure` takes it: in memory where it is to run on ``"cuda"`` and no folder is named, else as a file."""
+    if device == "cuda" and folder is None:
+        from ..presets import PresetCheckpoint
+
+        return PresetCheckpoint(preset, quant)
+    return str(preset_file(preset, quant, folder))
+
+
 def preset_file(preset: str, quant: str, folder: Path | None = None) -> Path:
     """The preset as a GGUF file in ``folder`` (default: under the temporary folder), written now unless it is there."""
     from ..presets import write_preset_gguf
@@ -107,16 +122,18 @@ def preset_file(preset: str, quant: str, folder: Path | None = None) -> Path:
 
 
 def measure(
-    model: str,
+    model: str | Checkpoint,
     config: EngineConfig,
     *,
     name: str,
-    prompt_tokens: int,
+    prompt_tokens: int | Sequence[int],
     decode_tokens: int,
     repetitions: int,
     decode_context: int = 0,
 ) -> dict[str, Any]:
     """Loads ``model`` and runs it. Returns the row that ``--json`` writes; benchmarks/README.md explains its fields.
+
+    Of several lengths of prompts the first is the row's ``prefill_tokens``; all stand in ``prefills``.
 
     Raises:
         BackendUnavailable: the native core is missing, without which a figure would mean nothing.
@@ -126,11 +143,12 @@ def measure(
         from .. import _native
     except ImportError as error:
         raise BackendUnavailable(f"bench needs the native core ({error}); `helexa doctor` says how to get it") from None
-    from ..weights.checkpoint import open_checkpoint
+    from ..weights.checkpoint import Checkpoint, open_checkpoint
     from .loading import load
 
+    lengths = [prompt_tokens] if isinstance(prompt_tokens, int) else list(prompt_tokens)
     context = max(decode_context, 1)  # something has to be there
-    wanted_len = max(prompt_tokens, context + decode_tokens) + _SPARE_TOKENS
+    wanted_len = max(*lengths, context + decode_tokens) + _SPARE_TOKENS
     if config.max_model_len is None:
         # Only the pages that the runs need are reserved, so that resident memory shows the weights.
         config = dataclasses.replace(config, max_model_len=wanted_len, max_num_seqs=1)
@@ -138,36 +156,43 @@ def measure(
         raise InvalidRequest(
             "max_model_len", f"expected at least {wanted_len} for this benchmark, got {config.max_model_len}"
         )
-    with open_checkpoint(model_path(model, offline=config.offline)) as checkpoint:
+    opened = model if isinstance(model, Checkpoint) else open_checkpoint(model_path(model, offline=config.offline))
+    with opened as checkpoint:
         num_layers = checkpoint.num_layers
         bytes_per_token = decode_bytes(checkpoint.tensors, int(checkpoint.config.get("num_experts_per_tok") or 0))
         file_bytes = checkpoint.nbytes
+        operations = [prefill_operations(checkpoint, tokens) for tokens in lengths]
 
     before = machine.resident_bytes()
     started = time.perf_counter()
     stages = Stages()
-    with load(model, config, stages) as llm:
+    loading = load(model, config, stages) if isinstance(model, str) else _load_made(model, name, config, stages)
+    with loading as llm:
         load_seconds = time.perf_counter() - started
         resident = machine.resident_bytes()
+        limits = _Limits(llm.model_info.device)
         prompts = Prompts(llm)
-        _prefill(llm, prompts.draw(prompt_tokens))  # warm-up: first touches of pages and workspaces
+        for tokens in lengths:
+            _prefill(llm, prompts.draw(tokens))  # warm-up: first touches of pages and workspaces
         _decode(llm, prompts.draw(1), min(decode_tokens, 8))
-        bandwidth = [_native.read_bandwidth()]
-        prefill = [_prefill(llm, prompts.draw(prompt_tokens)) for _ in range(repetitions)]
+        limits.measure()
+        prefills = [[_prefill(llm, prompts.draw(tokens)) for _ in range(repetitions)] for tokens in lengths]
         kernels = _native.kernel_seconds()
         decode = [_decode(llm, prompts.draw(context), decode_tokens) for _ in range(repetitions)]
         in_kernels = (_native.kernel_seconds() - kernels) / (repetitions * (decode_tokens + 1))  # of a step
-        bandwidth.append(_native.read_bandwidth())
+        limits.measure()
 
         info, kv_tokens = llm.model_info, llm.stats().kv_pages_total * PAGE_SIZE
 
     kv_bytes = round(info.kv_bytes / kv_tokens * (context + decode_tokens / 2))  # of the step in the middle
     step_bytes = bytes_per_token + kv_bytes
-    read = statistics.mean(bandwidth)
-    prefill_rate = prompt_tokens / statistics.median(prefill)
+    if info.device == "cuda":  # a step's states are read and written
+        step_bytes += 2 * (info.state_bytes // config.max_num_seqs)
+    read = statistics.mean(limits.bandwidths)
     token_seconds = statistics.median(decode) / decode_tokens
+    rates = [tokens / statistics.median(samples) for tokens, samples in zip(lengths, prefills, strict=True)]
     outside = round(1 - in_kernels / (statistics.mean(decode) / decode_tokens), 4)
-    return {
+    row = {
         "benchmark": "engine",
         "engine": "helexa",
         "model": name,
@@ -180,9 +205,9 @@ def measure(
         **({"mmap_experts": True} if config.mmap_experts else {}),
         "resident_bytes": resident.get("total"),
         "resident_bytes_before_load": before.get("total"),
-        "prefill_tokens": prompt_tokens,
-        "prefill_tokens_per_second": round(prefill_rate, 2),
-        "prefill_samples": [round(prompt_tokens / seconds, 2) for seconds in prefill],
+        "prefill_tokens": lengths[0],
+        "prefill_tokens_per_second": round(rates[0], 2),
+        "prefill_samples": [round(lengths[0] / seconds, 2) for seconds in prefills[0]],
         "decode_tokens": decode_tokens,
         "decode_context": decode_context,
         "decode_tokens_per_second": round(1 / token_seconds, 2),
@@ -191,10 +216,102 @@ def measure(
         "kv_dtype": info.kv_dtype,
         "decode_kv_bytes_per_token": kv_bytes,
         "decode_share_of_bandwidth": round(step_bytes / token_seconds / read, 3),
-        # Behind a long prompt the kernels' time is not the steps' alone.
-        **({} if decode_context else {"decode_share_outside_kernels": outside}),
+        # Behind a long prompt the kernels' time is not the steps' alone; on a device they are not the core's that is timed here.
+        **({} if decode_context or info.device != "cpu" else {"decode_share_outside_kernels": outside}),
         "decode_overhead_per_layer_microseconds": round((token_seconds - step_bytes / read) / num_layers * 1e6, 1),
     }
+    if info.device == "cpu":
+        return row
+    multiply = statistics.mean(limits.matmul_rates)
+    row["machine"] |= limits.described
+    return row | {
+        "decode_state_bytes_per_token": step_bytes - bytes_per_token - kv_bytes,
+        "weights_shared": not isinstance(model, str),  # then the time of the load says nothing
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "matmul_operations_per_second": round(multiply),
+        "prefills": [
+            {
+                "tokens": tokens,
+                "tokens_per_second": round(rate, 1),
+                "share_of_matmul_rate": round(count * rate / tokens / multiply, 3),
+                "samples": [round(tokens / seconds, 1) for seconds in samples],
+            }
+            for tokens, rate, count, samples in zip(lengths, rates, operations, prefills, strict=True)
+        ],
+    }
+
+
+class _Limits:
+    """The ceilings of where a model runs, of each time that they were measured.
+
+    Attributes:
+        bandwidths: bytes a second; of the processor read, of a device read and written.
+        matmul_rates: operations a second in bfloat16, of a device.
+        described: what the row says of the device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = None if device == "cpu" else torch_device(device)
+        self.bandwidths: list[float] = []
+        self.matmul_rates: list[float] = []
+        self.described: dict[str, Any] = {}
+        if self._device is not None:
+            self.described = device_ceilings.describe(self._device)
+
+    def measure(self) -> None:
+        from .. import _native
+
+        if self._device is None:
+            self.bandwidths.append(_native.read_bandwidth())
+        else:
+            self.bandwidths.append(device_ceilings.copy_bandwidth(self._device))
+            self.matmul_rates.append(device_ceilings.matmul_rate(self._device))
+
+
+@contextlib.contextmanager
+def _load_made(
+    checkpoint: Checkpoint, name: str, config: EngineConfig, watch: Callable[[str, float], None]
+) -> Iterator[LLM]:
+    """A model that is no file, loaded as :func:`.loading.load` loads one."""
+    from ..llm import LLM
+    from ..runtime.load import load_model
+    from .loading import progress
+
+    with progress(f"loading {name}") as report:
+
+        def told(stage: str, fraction: float) -> None:
+            report(stage, fraction)
+            watch(stage, fraction)
+
+        llm = LLM.of(load_model(checkpoint, config, told))
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+#: Operations of the delta rule for each value head and token (performance goals, "Limits").
+_DELTA_RULE_OPERATIONS = 180e3
+
+
+def prefill_operations(checkpoint: Checkpoint, tokens: int) -> float:
+    """Multiplications and additions that a prompt takes: of the matrices, but for the head, which one row meets; of attention, where a
+    token sees those before it; of the delta rule."""
+    config = checkpoint.config
+    matrices = 0.0
+    for tensor in checkpoint.tensors:
+        if tensor.name in ("model.embed_tokens.weight", "lm_head.weight") or len(tensor.shape) < 2:
+            continue
+        parameters = float(math.prod(tensor.shape))
+        if ".mlp.experts." in tensor.name:
+            parameters *= int(config["num_experts_per_tok"]) / tensor.shape[0]
+        matrices += parameters
+    kinds = config.get("layer_types") or ["full_attention"] * checkpoint.num_layers
+    num_delta = sum(kind == "linear_attention" for kind in kinds)
+    attention_width = int(config["num_attention_heads"]) * int(config["head_dim"])
+    attention: float = 4.0 * attention_width * (len(kinds) - num_delta) * tokens * (tokens + 1) / 2
+    delta_rule: float = _DELTA_RULE_OPERATIONS * int(config.get("linear_num_value_heads") or 0) * num_delta * tokens
+    return 2 * matrices * tokens + attention + delta_rule
 
 
 class Stages:
@@ -263,6 +380,9 @@ def report(row: dict[str, Any]) -> str:
     """The row for people."""
     bandwidth = row["read_bytes_per_second"]
     machine_text = f"{row['machine']['cpu']}, {row['machine']['instruction_set']}, {row['threads']} threads"
+    if (device := row["machine"].get("device")) is not None:
+        rate = row["matmul_operations_per_second"] / 1e12
+        machine_text = f"{device}, {row['machine']['instruction_set']}, multiplies bfloat16 at {rate:.0f} TFLOP/s"
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in row.get("load_stage_seconds", {}).items())
     lines = [
         ("model", f"{row['model']}, {row['file_bytes'] / 1e6:.0f} MB"),
@@ -273,9 +393,16 @@ def report(row: dict[str, Any]) -> str:
         before = row["resident_bytes_before_load"]
         lines.append(("resident", f"{row['resident_bytes'] / 1e6:.0f} MB, {before / 1e6:.0f} MB of it before loading"))
     outside = row.get("decode_share_outside_kernels")
-    limit = bandwidth / (row["decode_bytes_per_token"] + row.get("decode_kv_bytes_per_token", 0))
+    parts = ("decode_bytes_per_token", "decode_kv_bytes_per_token", "decode_state_bytes_per_token")
+    limit = bandwidth / sum(row.get(part, 0) for part in parts)
+    prefills = row.get("prefills") or [
+        {"tokens": row["prefill_tokens"], "tokens_per_second": row["prefill_tokens_per_second"]}
+    ]
+    for prefill in prefills:
+        share = prefill.get("share_of_matmul_rate")
+        of_rate = "" if share is None else f", {share:.0%} of the multiply rate"
+        lines.append((f"prefill {prefill['tokens']}", f"{prefill['tokens_per_second']:.1f} tokens/s{of_rate}"))
     lines += [
-        (f"prefill {row['prefill_tokens']}", f"{row['prefill_tokens_per_second']:.1f} tokens/s"),
         (
             f"decode {row['decode_tokens']}" + (f"@{row['decode_context']}" if row["decode_context"] else ""),
             f"{row['decode_tokens_per_second']:.1f} tokens/s, {row['decode_share_of_bandwidth']:.0%} of the bandwidth's limit of "

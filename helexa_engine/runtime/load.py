@@ -96,7 +96,7 @@ class LoadedModel:
         return self.thread.close(timeout)
 
 
-def load_model(model: str | Path, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
+def load_model(model: str | Path | Checkpoint, config: EngineConfig, progress: Progress | None = None) -> LoadedModel:
     """Loads a model and starts its engine in this process; as :func:`load_engine`."""
     loaded = load_engine(model, config, progress)
     return LoadedModel(loaded.engine, loaded.processor, loaded.info)
@@ -104,9 +104,12 @@ def load_model(model: str | Path, config: EngineConfig, progress: Progress | Non
 
 @device_faults.explained("while the model was loaded", "end what else uses it, or take a smaller memory_fraction")
 def load_engine(
-    model: str | Path, config: EngineConfig, progress: Progress | None = None, available: int | None = None
+    model: str | Path | Checkpoint,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    available: int | None = None,
 ) -> LoadedEngine:
-    """Loads a model. Blocks; see :class:`helexa_engine.LLM` for arguments and errors.
+    """Loads a model. Blocks; see :class:`helexa_engine.LLM` for arguments and errors. A :class:`Checkpoint` is taken as it is.
 
     Of ``available`` bytes, or fewer where the device has not as many, it takes its share; default: of all that the device has.
     """
@@ -116,11 +119,15 @@ def load_engine(
             core.set_num_threads(config.num_threads)
     report = progress or (lambda stage, fraction: None)
     prefix_limit = saved_prefixes.limit_bytes(config.prefix_cache_limit)
-    path = locate_model(model, offline=config.offline, progress=progress)
-    report("reading the checkpoint", 0.0)
-    with open_checkpoint(path) as checkpoint:
+    if isinstance(model, Checkpoint):
+        opened, path, name = model, model.path, model.path.name
+    else:
+        path = locate_model(model, offline=config.offline, progress=progress)
+        report("reading the checkpoint", 0.0)
+        opened, name = open_checkpoint(path), model_name(model, path)
+    with opened as checkpoint:
         build = model_class(checkpoint.architecture, checkpoint.where)
-        plan = plan_model(checkpoint, config, name=model_name(model, path), limit=available)
+        plan = plan_model(checkpoint, config, name=name, limit=available)
         lies_idle = plan.device == "cpu" and config.device == "auto" and cuda_device.has_device()
         log.log(
             logging.WARNING if lies_idle else logging.INFO, "%s: on %s (%s)", path.name, plan.device, plan.why_device
@@ -166,6 +173,7 @@ def load_engine(
         state_bytes=plan.memory.state_bytes,
         snapshot_bytes=plan.memory.snapshot_bytes,
         workspace_bytes=plan.memory.workspace_bytes + plan.memory.position_bytes,
+        device=plan.device,
         capabilities=processor.capabilities(),
     )
     report("ready", 1.0)

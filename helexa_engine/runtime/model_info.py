@@ -25,6 +25,7 @@ class ModelInfo:
         kv_dtype: storage type of keys and values.
         weight_bytes, kv_bytes, state_bytes, snapshot_bytes, workspace_bytes: memory taken by weights and reserved for KV pages,
             recurrent states, their snapshots in the prefix cache, and what a step needs.
+        device: where it runs, ``cpu`` or ``cuda``.
         capabilities: what may be asked of it, as its chat template was seen to do.
     """
 
@@ -39,6 +40,7 @@ class ModelInfo:
     state_bytes: int
     snapshot_bytes: int = 0
     workspace_bytes: int = 0
+    device: str = "cpu"
     capabilities: dict[str, bool] = field(default_factory=dict)
 
     @property

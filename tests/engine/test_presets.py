@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from helexa_engine.errors import InvalidRequest
-from helexa_engine.presets import PRESETS, preset, random_values, tensors, write_preset_gguf
+from helexa_engine.presets import PRESETS, PresetCheckpoint, preset, random_values, tensors, write_preset_gguf
 from helexa_engine.quant import mixes, types
 from helexa_engine.quant.dequantize import dequantize
+from helexa_engine.weights.checkpoint import open_checkpoint
 
 #: Parameters that the model cards state, in billions, embeddings included.
 PARAMETERS = {
@@ -142,3 +143,27 @@ def test_unknown_names_are_refused(tmp_path: Path, name: str, quant: str) -> Non
     with pytest.raises(InvalidRequest, match="expected one of"):
         write_preset_gguf(tmp_path / "x", name, quant)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "BF16"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if "tiny" in name])
+def test_a_preset_in_memory_is_the_file_but_for_its_values(tmp_path: Path, name: str, quant: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_preset_gguf(path, name, quant)
+    with open_checkpoint(path) as file, PresetCheckpoint(name, quant) as made:
+        assert (made.architecture, made.config) == (file.architecture, file.config)
+        assert made.generation_config == file.generation_config and made.chat_template == file.chat_template
+        assert made.tensor_names() == file.tensor_names()
+        for theirs in file.tensors:
+            ours = made.tensor(theirs.name)
+            assert (ours.shape, ours.quant_type, ours.nbytes) == (theirs.shape, theirs.quant_type, theirs.nbytes)
+            assert ours.data.nbytes == theirs.nbytes
+            assert size(ours.values()) == pytest.approx(size(theirs.values()), rel=0.3, abs=0.05)
+            assert np.isfinite(ours.values()).all() and len(np.unique(ours.data)) > min(60, ours.nbytes // 16)
+
+
+def test_a_preset_in_memory_must_exist() -> None:
+    with pytest.raises(InvalidRequest, match="Q9"):
+        PresetCheckpoint("qwen3-tiny", "Q9")
+    with pytest.raises(InvalidRequest, match="qwen9"):
+        PresetCheckpoint("qwen9", "Q8_0")
