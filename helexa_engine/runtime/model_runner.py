@@ -78,6 +78,7 @@ class ModelRunner:
         self.page_size = page_size
         self._caches = caches
         self._state_caches = [cache for cache in caches if isinstance(cache, StateCache)]
+        self._states = [state for cache in self._state_caches for state in (cache.conv_state, cache.recurrent_state)]
         self._device = device
         self._inputs = StepInputs(
             torch_device(device),
@@ -107,9 +108,7 @@ class ModelRunner:
         may take the slot of another that is read for the last time.
         """
         begin = [chunk.sequence.state_slot for chunk in chunks if chunk.start == 0]
-        for cache in self._state_caches if begin else ():
-            with torch.inference_mode():
-                cache.clear([slot for slot in begin if slot is not None])
+        self._clear_states([slot for slot in begin if slot is not None])
         self._copy_states([(chunk.resume_from, chunk.sequence.state_slot) for chunk in chunks])
         hidden = self._compute(chunks)
         self._copy_states([(chunk.sequence.state_slot, chunk.save_to) for chunk in chunks])
@@ -138,12 +137,18 @@ class ModelRunner:
         """The same of the recurrent states, a row a slot."""
         return cache_rows(self._state_caches)
 
+    def _clear_states(self, slots: Sequence[int]) -> None:
+        """The states of sequences that have not begun. On a device in a launch or two, however many layers there are."""
+        if slots and self._states:
+            torch._foreach_zero_([state[slot] for state in self._states for slot in slots])
+
     def _copy_states(self, slots: Sequence[tuple[int | None, int | None]]) -> None:
-        """Copies from the first slot of each pair to the second, where there are both."""
+        """Copies from the first slot of each pair to the second, where there are both; likewise."""
         for source, target in slots:
-            if source is not None and target is not None:
-                for cache in self._state_caches:
-                    cache.copy(source, target)
+            if source is not None and target is not None and self._states:
+                torch._foreach_copy_(
+                    [state[target] for state in self._states], [state[source] for state in self._states]
+                )
 
     def _compute(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         self._ready = None
