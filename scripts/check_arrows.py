@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
         "helexa_engine.cache", "helexa_engine.runtime.sequence", "helexa_engine.runtime.step_pace",
     },
     "helexa_engine.runtime.step_pace": set(),
-    "helexa_engine.runtime.sampler": set(),
+    "helexa_engine.runtime.sampler": {"helexa_engine.ops"},
     "helexa_engine.runtime": {
         "helexa_engine.runtime", "helexa_engine.cache", "helexa_engine.cache.spec", "helexa_engine.models",
         "helexa_engine.ops", "helexa_engine.weights", "helexa_engine.text", "helexa_engine.quant",

@@ -7,6 +7,7 @@
 #include "dequantize.h"
 #include "gated_delta_rule.h"
 #include "moe_router.h"
+#include "sample.h"
 #ifndef HELEXA_SIMT
 #include "devices.h"
 #endif
@@ -231,6 +232,22 @@ void bind(py::module_& module) {
       "The delta rule with its norms and gates token by token; shapes: ops/gated_delta_rule. conv_weight not 0: with "
       "the "
       "convolution in front.");
+
+  module.def("sample_scratch_words", &sample_scratch_words, py::arg("rows"), py::arg("cols"), py::arg("logprobs"),
+             "Words of eight bytes that sample needs as scratch memory.");
+  module.def(
+      "sample",
+      [](uintptr_t table, int64_t row_bytes, int64_t rows, int64_t cols, uintptr_t logits, uintptr_t raw,
+         uintptr_t mask, int64_t mask_words, bool adjusts, int64_t num_top, uintptr_t scratch, uintptr_t out,
+         Stream stream) {
+        constexpr const char* f = "sample";
+        sample(pointer<const void>(table, f, "table"), row_bytes, rows, cols, pointer<float>(logits, f, "logits"),
+               pointer<const float>(raw, f, "raw"), reinterpret_cast<const uint32_t*>(mask), mask_words, adjusts,
+               num_top, pointer<uint64_t>(scratch, f, "scratch"), pointer<int64_t>(out, f, "out"), stream);
+      },
+      py::arg("table"), py::arg("row_bytes"), py::arg("rows"), py::arg("cols"), py::arg("logits"), py::arg("raw"),
+      py::arg("mask"), py::arg("mask_words"), py::arg("adjusts"), py::arg("num_top"), py::arg("scratch"),
+      py::arg("out"), py::arg("stream") = 0, "A token for each row of logits [rows, cols]; see sample.h.");
 }
 
 }  // namespace helexa::cuda

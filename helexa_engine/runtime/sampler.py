@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import HelexaError
+from ..ops.sample.rows import SampleRow
 from ..sampling_params import SamplingParams
 
 Logits = npt.NDArray[np.float32]
@@ -63,6 +64,13 @@ class Grammar(Protocol):
 
     def apply(self, logits: Logits) -> None:
         """Sets logits [V] of tokens that may not come next to -inf, in place."""
+
+    def forced_token(self) -> int | None:
+        """The only token that may come next, whatever its logit; None where there is no such."""
+
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> bool:
+        """Writes what :meth:`apply` allows into ``mask`` int32 [(V + 31) // 32]: bit i % 32 of word i // 32 says whether token i may
+        come next. False, with nothing written, where every token may. Only where no token is forced."""
 
     def accept(self, token_id: int) -> None:
         """Advances by the sampled token."""
@@ -167,10 +175,34 @@ class Sampler:
             largest = int(logits.argmax())  # a NaN counts as the largest
         best = largest
         if not math.isfinite(logits[best]):
-            raise _failure(float(logits[best]))
+            raise failure(float(logits[best]))
         token_id = best if self._temperature == 0.0 else self._draw(logits)
         self.accept(token_id)
         return token_id, None if raw is None else logprobs_of(raw, token_id, cast(int, self.params.logprobs))
+
+    def row(self) -> SampleRow:
+        """What the next token is chosen by, but for the grammar: for ``ops.sample``, which leaves :meth:`accept` to its caller."""
+        row = SampleRow(
+            temperature=self._temperature,
+            top_k=int(_set(self.params.top_k)),
+            top_p=_set(self.params.top_p),
+            min_p=_set(self.params.min_p),
+            repetition_penalty=self._repetition,
+            frequency_penalty=self._frequency,
+            presence_penalty=self._presence,
+            bias_ids=self._bias_ids,
+            bias=self._bias,
+            num_logprobs=self.params.logprobs,
+        )
+        if self._temperature:
+            row.uniform = self._uniform()
+        if self._seen is not None:
+            row.seen_ids, _ = self._seen.view()
+        if self._output is not None:
+            row.output_ids, row.output_counts = self._output.view()
+        if self._masks_ends():
+            row.masked_ids = self._end_ids
+        return row
 
     def accept(self, token_id: int) -> None:
         """Advances by a token. Raises whatever a grammar raises."""
@@ -196,13 +228,16 @@ class Sampler:
             ids, counts = self._output.view()
             logits[ids] -= counts * np.float32(self._frequency) + np.float32(self._presence)
             adjusted = True
-        if self.num_generated < self.params.min_tokens and not self.grammar_is_finished:
+        if self._masks_ends():
             logits[self._end_ids] = -np.inf
             adjusted = True
         if self.grammar is not None:
             self.grammar.apply(logits)
             adjusted = True
         return adjusted
+
+    def _masks_ends(self) -> bool:
+        return self.num_generated < self.params.min_tokens and not self.grammar_is_finished
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = candidates(
@@ -299,7 +334,7 @@ def log_probabilities(logits: Logits) -> Logits:
     """Log-softmax of one row [V], float32, summed in float64; a new array. Raises :class:`SamplingFailed` on NaN and inf."""
     peak = float(logits.max())
     if not math.isfinite(peak):
-        raise _failure(peak)
+        raise failure(peak)
     shifted = logits - np.float32(peak)
     shifted -= np.float32(math.log(float(np.exp(shifted).sum(dtype=np.float64))))
     return shifted
@@ -327,8 +362,8 @@ def _set(value: float | None) -> float:
     return value
 
 
-def _failure(peak: float) -> SamplingFailed:
-    """For a row whose largest logit is ``peak``, which is not finite."""
+def failure(peak: float) -> SamplingFailed:
+    """What is wrong with a row whose largest logit is ``peak``, which is not finite."""
     if peak == -math.inf:
         return SamplingFailed(
             "no token is allowed: the grammar, logit_bias and min_tokens together leave nothing to choose from"

@@ -110,20 +110,30 @@ class GrammarState:
         state._begin_mask()
         return state
 
-    def fill_mask(self, mask: npt.NDArray[np.int32]) -> None:
-        """Writes the allowed tokens into ``mask``, int32 [(tokenizer.vocab_size + 31) // 32], bit i % 32 of word i // 32."""
+    def forced_token(self) -> None:
+        """None: a grammar's only token must have a logit to be taken."""
+
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> bool:
+        """Writes the allowed tokens into ``mask``, int32 [(width of the logits + 31) // 32], bit i % 32 of word i // 32. What lies behind
+        the tokenizer's vocabulary is allowed in thinking alone. Returns True."""
         if self._phase == "thinking":
             mask[:] = -1
             for token_id in self._compiler.eos_token_ids:
-                mask.view(np.uint32)[token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
-            return
-        mask[:] = self._mask()
+                _set_bit(mask, token_id, False)
+            return True
+        found, size = self._mask(), self._compiler.vocab_size
+        both = min(len(mask), len(found))
+        mask[:both] = found[:both]
+        mask[both:] = 0
+        for token_id in range(size, -(-size // 32) * 32):
+            _set_bit(mask, token_id, False)
         extra = {"first": self._compiler.open_think, "gap": self._compiler.blank_line}.get(self._phase)
         if extra is not None:
-            mask.view(np.uint32)[extra // 32] |= np.uint32(1 << extra % 32)
+            _set_bit(mask, extra, True)
+        return True
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        """Sets the logits [vocab_size] of tokens that may not come next to -inf, in place. Padding entries may not."""
+        """Sets the logits [vocab_size] of tokens that may not come next to -inf, in place."""
         if self._phase == "thinking":
             logits[list(self._compiler.eos_token_ids)] = -np.inf
             return
@@ -196,6 +206,13 @@ class CallGuard:
         """Inside a call: as :meth:`GrammarState.apply`. Elsewhere nothing."""
         if self._call is not None:
             self._call.apply(logits)
+
+    def forced_token(self) -> None:
+        """None, as of :class:`GrammarState`."""
+
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> bool:
+        """Inside a call: as :meth:`GrammarState.fill_mask`. Elsewhere False."""
+        return self._call is not None and self._call.fill_mask(mask)
 
     def accept(self, token_id: int) -> None:
         """Advances by the sampled token."""
@@ -370,6 +387,15 @@ class GrammarCompiler:
 
         ends = list(tokenizer.eos_token_ids) or None
         return LLTokenizer(TokenizerWrapper(Adapter()), eos_token=ends)
+
+
+def _set_bit(mask: npt.NDArray[np.int32], token_id: int, allowed: bool) -> None:
+    """Logits may be narrower than the tokenizer's vocabulary: nothing then says anything of the tokens behind."""
+    if token_id // 32 < len(mask):
+        bit = np.uint32(1 << token_id % 32)
+        mask.view(np.uint32)[token_id // 32 : token_id // 32 + 1] &= ~bit
+        if allowed:
+            mask.view(np.uint32)[token_id // 32] |= bit
 
 
 def format_rules(spec: StructuredOutput) -> Rules:

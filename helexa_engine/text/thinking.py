@@ -16,6 +16,7 @@ class Constraint(Protocol):
     """What holds an answer besides: see :class:`~.structured.GrammarState`."""
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None: ...
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> bool: ...
     def accept(self, token_id: int) -> None: ...
     def is_finished(self) -> bool: ...
 
@@ -54,13 +55,22 @@ class ThinkingControl:
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         """Sets the logits [vocab_size] of tokens that may not come next to -inf, in place."""
-        if self._phase == "thinking" and self._left is not None and self._left <= 0:
-            self._phase = "closing"
-        if self._phase == "closing":
+        forced = self.forced_token()
+        if forced is not None:
             logits[:] = -np.inf
-            logits[self._closing[0]] = 0.0
+            logits[forced] = 0.0
         elif self._constraint is not None:
             self._constraint.apply(logits)
+
+    def forced_token(self) -> int | None:
+        """The closing token whose turn it is; None where the thinking is not being closed."""
+        if self._phase == "thinking" and self._left is not None and self._left <= 0:
+            self._phase = "closing"
+        return self._closing[0] if self._phase == "closing" else None
+
+    def fill_mask(self, mask: npt.NDArray[np.int32]) -> bool:
+        """Where no token is forced: as the constraint's; False where there is none."""
+        return self._constraint is not None and self._constraint.fill_mask(mask)
 
     def accept(self, token_id: int) -> None:
         """Advances by the sampled token."""

@@ -11,6 +11,8 @@ from helexa_engine.errors import InvalidRequest
 from helexa_engine.sampling_params import StructuredOutput
 from helexa_engine.text.structured import FreeCalls, GrammarCompiler, GrammarFailed, call_rules, format_rules
 
+from .masks import allowed
+
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -35,12 +37,6 @@ CLOCK = {
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
     return GrammarCompiler(tokenizer)
-
-
-def allowed(state, size):
-    logits = np.zeros(size, np.float32)
-    state.apply(logits)
-    return logits == 0
 
 
 def accepts(state, tokenizer, text, *, special=False, end=True):

@@ -8,6 +8,8 @@ import pytest
 from helexa_engine.sampling_params import StructuredOutput
 from helexa_engine.text.structured import GrammarCompiler, format_rules
 
+from .masks import allowed
+
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
@@ -20,13 +22,12 @@ def say(control, tokenizer, text, *, stop_at=None):
     while wanted and len(said) < 500:
         if len(said) == stop_at:
             control.stop()
-        logits = np.zeros(tokenizer.vocab_size, np.float32)
-        control.apply(logits)
+        may_come = allowed(control, tokenizer.vocab_size)
         token_id = wanted[0]
-        if logits[token_id] == 0:
+        if may_come[token_id]:
             wanted.pop(0)
         else:
-            [token_id] = np.flatnonzero(np.isfinite(logits)).tolist()
+            [token_id] = np.flatnonzero(may_come).tolist()
             if tokenizer.token_id("</think>") == token_id and token_id in wanted:
                 del wanted[: wanted.index(token_id) + 1]  # the model would have gone on to this point
         control.accept(token_id)
