@@ -12,8 +12,8 @@ import torch
 
 from ..batch import Batch
 
-#: Hidden states [rows, hidden_size], logits [rows, vocab_size], and the place of each row's largest logit [rows] int64.
-Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+#: Hidden states [rows, hidden_size] and logits [rows, vocab_size].
+Results = tuple[torch.Tensor, torch.Tensor]
 
 
 class DecodeGraphs:

@@ -15,6 +15,7 @@ from ..ops.cuda import torch_device
 from ..ops.registry import native_core
 from .cache_rows import CacheRows, cache_rows
 from .cuda_graphs import DecodeGraphs, Results
+from .device_sampler import DeviceSampler
 from .memory import MOST_RECORDED
 from .recorded_step import RecordedStep
 from .sampler import Logits, Outcome, Sampler, sample_rows
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ..cache.spec import LayerCache
 
 logger = logging.getLogger(__name__)
+
+#: Hidden states, logits, and the place of each row's largest logit [rows] int64, of a recorded step.
+_Recorded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Model(Protocol):
@@ -44,7 +48,7 @@ class ModelRunner:
     """Owns the KV pages, the states and the input buffers of a step; nothing grows afterwards.
 
     Decode steps are replayed: on the CPU recorded calls of up to a few sequences, on CUDA graphs. On CUDA nothing here waits for the
-    device but what gives numbers to the host: :meth:`is_finite`, :meth:`logits`.
+    device but what gives numbers to the host: :meth:`is_finite`, :meth:`logits`, :meth:`sample`.
 
     Args:
         model: the loaded model.
@@ -92,8 +96,9 @@ class ModelRunner:
         self._steps: dict[int, RecordedStep] = {}
         self._records = device == "cpu" and native_core() is not None
         self._has_run = False  # a model's first step may prepare things
-        self._ready: Results | None = None  # of a replayed step
+        self._ready: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None  # of a replayed step
         self.largest: list[int] | None = None
+        self._device_sampler = DeviceSampler(device) if device == "cuda" else None
         self._graphs: DecodeGraphs | None = None
         if graph_sizes:
             with torch.inference_mode():
@@ -156,8 +161,8 @@ class ModelRunner:
         if is_decode and self._graphs is not None and (rows := self._graphs.rows_for(len(chunks))) is not None:
             batch = self._inputs.fill(chunks, rows)
             with torch.inference_mode():
-                hidden, logits, largest = (result[: len(chunks)] for result in self._graphs.replay(batch))
-            self._ready = hidden, logits, largest
+                hidden, logits = (result[: len(chunks)] for result in self._graphs.replay(batch))
+            self._ready = hidden, logits, None
             return hidden
         batch = self._inputs.fill(chunks)
         if is_decode and self._records and self._has_run and len(chunks) <= MOST_RECORDED:
@@ -174,7 +179,10 @@ class ModelRunner:
         return logits.cpu().numpy()
 
     def sample(self, hidden: torch.Tensor, rows: Sequence[int], samplers: Sequence[Sampler]) -> list[Outcome]:
-        """What each sampler takes of the logits of its row of the hidden states, or why it takes nothing."""
+        """What each sampler takes of the logits of its row of the hidden states, or why it takes nothing. On a device the logits stay
+        there."""
+        if self._device_sampler is not None:
+            return self._device_sampler.sample(samplers, self.device_logits(hidden, rows)[0]).outcomes()
         logits = self.logits(hidden, rows)
         return sample_rows(samplers, logits, self.largest)
 
@@ -193,19 +201,25 @@ class ModelRunner:
 
     def _decode(self, batch: Batch) -> Results:
         hidden = self.model.forward(batch)
-        logits = self.model.logits(hidden)
-        return hidden, logits, argmax.choose(self._device).argmax(logits)
+        return hidden, self.model.logits(hidden)
 
-    def _recorded(self, batch: Batch) -> Results:
+    def _recorded(self, batch: Batch) -> _Recorded:
         """Of a step of one token each."""
         step = self._steps.get(batch.num_sequences)
         if step is not None:
-            return cast(Results, step.replay())
+            return cast(_Recorded, step.replay())
+
+        kernels = argmax.choose("cpu")
+
+        def function() -> _Recorded:
+            hidden, logits = self._decode(batch)
+            return hidden, logits, kernels.argmax(logits)
+
         with torch.inference_mode():
-            step = RecordedStep(lambda: self._decode(batch))
+            step = RecordedStep(function)
         if step.replayable:
             self._steps[batch.num_sequences] = step
         else:
             self._records = False
             logger.debug("decode steps are not replayed: torch computes %s", ", ".join(sorted(step.computed_outside)))
-        return cast(Results, step.result)
+        return cast(_Recorded, step.result)

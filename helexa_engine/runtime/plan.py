@@ -15,7 +15,6 @@ from ..errors import BackendUnavailable, InvalidRequest
 from ..models.cache_specs import cache_specs
 from ..models.config import ModelConfig
 from ..ops import cuda
-from ..ops.argmax import argmax
 from ..ops.causal_conv1d import causal_conv1d
 from ..ops.gated_delta_rule import gated_delta_rule
 from ..ops.moe_matmul import moe_matmul
@@ -24,6 +23,7 @@ from ..ops.paged_attention import paged_attention
 from ..ops.quant_embedding import quant_embedding
 from ..ops.quant_matmul import quant_matmul
 from ..ops.registry import Choice, native_core
+from ..ops.sample import sample
 from ..quant import mixes, types
 from ..weights.checkpoint import Checkpoint
 from ..weights.loader import LoadedTensor, loaded_tensors
@@ -180,8 +180,8 @@ def _kernels(model: ModelConfig, device: str, *, is_here: bool = True) -> dict[s
         )
     if model.num_experts:
         found["moe_matmul"] = moe_matmul.decide(device, is_here=is_here, hidden_size=model.hidden_size)
-    if device == "cuda":  # on the CPU the runner takes it or leaves it
-        found["argmax"] = argmax.decide(device, is_here=is_here)
+    if device == "cuda":  # the CPU's sampler is no op
+        found["sample"] = sample.decide(device, is_here=is_here)
     return found
 
 

@@ -32,8 +32,9 @@ def _on_cpu(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def _on_cuda(model: ModelConfig, config: EngineConfig) -> int:
-    """Float32 activations of the largest step with their copies for products (bfloat16 or smaller), the logits, and the same of the
-    graphs, which have memory of their own: one step's activations for all, as they share it, and each its results.
+    """Float32 activations of the largest step with their copies for products (bfloat16 or smaller), the logits (twice, for log
+    probabilities are of those before penalties), and the same of the graphs, which have memory of their own: one step's
+    activations for all, as they share it, and each its results.
 
     Half as much again for what torch's allocator keeps in pieces that do not suit what is asked for next.
     """
@@ -44,7 +45,7 @@ def _on_cuda(model: ModelConfig, config: EngineConfig) -> int:
     sizes = graph_sizes(config.max_num_seqs) if config.cuda_graphs else []
     graphs = max(sizes, default=0) * token + sum(sizes) * (model.hidden_size + model.vocab_size)
     activations = (4 + 2) * config.max_num_batched_tokens * token
-    return (activations + 4 * (_logits(model, config) + graphs)) * 3 // 2
+    return (activations + 4 * (2 * _logits(model, config) + graphs)) * 3 // 2
 
 
 def _mixer_widths(model: ModelConfig) -> list[int]:
