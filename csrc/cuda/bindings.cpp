@@ -7,6 +7,7 @@
 #include "dequantize.h"
 #include "gated_delta_rule.h"
 #include "moe_router.h"
+#include "paged_attention.h"
 #include "sample.h"
 #ifndef HELEXA_SIMT
 #include "devices.h"
@@ -248,6 +249,55 @@ void bind(py::module_& module) {
       py::arg("table"), py::arg("row_bytes"), py::arg("rows"), py::arg("cols"), py::arg("logits"), py::arg("raw"),
       py::arg("mask"), py::arg("mask_words"), py::arg("adjusts"), py::arg("num_top"), py::arg("scratch"),
       py::arg("out"), py::arg("stream") = 0, "A token for each row of logits [rows, cols]; see sample.h.");
+
+  module.def(
+      "paged_attention_workspace_bytes",
+      [](int64_t num_tokens, int64_t num_sequences, int64_t pages_per_sequence, int num_heads, int num_kv_heads,
+         int head_dim) {
+        PagedAttention args{};
+        args.num_tokens = num_tokens, args.num_sequences = num_sequences;
+        args.pages_per_sequence = pages_per_sequence;
+        args.num_heads = num_heads, args.num_kv_heads = num_kv_heads, args.head_dim = head_dim;
+        return paged_attention_workspace_bytes(args);
+      },
+      py::arg("num_tokens"), py::arg("num_sequences"), py::arg("pages_per_sequence"), py::arg("num_heads"),
+      py::arg("num_kv_heads"), py::arg("head_dim"), "Bytes of workspace that paged_attention needs for these shapes.");
+
+  module.def(
+      "paged_attention",
+      [](uintptr_t qkv, uintptr_t q_norm, uintptr_t k_norm, double eps, uintptr_t cos_sin, int rotary_dim,
+         uintptr_t positions, uintptr_t slot_mapping, uintptr_t page_tables, int64_t pages_per_sequence,
+         uintptr_t cu_seqlens, uintptr_t seq_lens, int64_t num_sequences, uintptr_t k_cache, uintptr_t v_cache,
+         bool quantised, bool gated, int num_heads, int num_kv_heads, int head_dim, float scale, uintptr_t ctx,
+         int64_t num_tokens, uintptr_t workspace, Stream stream) {
+        constexpr const char* f = "paged_attention";
+        PagedAttention args{};
+        args.qkv = pointer<const float>(qkv, f, "qkv");
+        args.q_norm = pointer<const float>(q_norm, f, "q_norm");
+        args.k_norm = pointer<const float>(k_norm, f, "k_norm");
+        args.cos_sin = pointer<const float>(cos_sin, f, "cos_sin");
+        args.positions = pointer<const int64_t>(positions, f, "positions");
+        args.slot_mapping = pointer<const int64_t>(slot_mapping, f, "slot_mapping");
+        args.page_tables = pointer<const int32_t>(page_tables, f, "page_tables");
+        args.cu_seqlens = pointer<const int32_t>(cu_seqlens, f, "cu_seqlens");
+        args.seq_lens = pointer<const int32_t>(seq_lens, f, "seq_lens");
+        args.k_cache = pointer<void>(k_cache, f, "k_cache");
+        args.v_cache = pointer<void>(v_cache, f, "v_cache");
+        args.ctx = pointer<float>(ctx, f, "ctx");
+        args.workspace = reinterpret_cast<void*>(workspace);
+        args.num_tokens = num_tokens, args.num_sequences = num_sequences;
+        args.pages_per_sequence = pages_per_sequence;
+        args.num_heads = num_heads, args.num_kv_heads = num_kv_heads, args.head_dim = head_dim;
+        args.rotary_dim = rotary_dim, args.gated = gated, args.quantised = quantised;
+        args.eps = eps, args.scale = scale;
+        paged_attention(args, stream);
+      },
+      py::arg("qkv"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"), py::arg("cos_sin"), py::arg("rotary_dim"),
+      py::arg("positions"), py::arg("slot_mapping"), py::arg("page_tables"), py::arg("pages_per_sequence"),
+      py::arg("cu_seqlens"), py::arg("seq_lens"), py::arg("num_sequences"), py::arg("k_cache"), py::arg("v_cache"),
+      py::arg("quantised"), py::arg("gated"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+      py::arg("scale"), py::arg("ctx"), py::arg("num_tokens"), py::arg("workspace"), py::arg("stream") = 0,
+      "See ops/paged_attention/cuda.py; a workspace of 0 bytes may have the address 0.");
 }
 
 }  // namespace helexa::cuda

@@ -180,6 +180,48 @@ inline uint16_t half_from_float(float value) {
   return bit_cast<uint16_t>(half);
 }
 
+// Two floats as bfloat16, rounded to the nearest: `low` in the lower half.
+inline uint32_t bfloat16_pair(float low, float high) {
+  const auto rounded = [](float value) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(low) | rounded(high) << 16;
+}
+
+// 2^x to about 2 units of the last place, denormal results 0; of -infinity 0.
+inline float exp2_fast(float x) { return exp2f(x); }
+
+// The product, rounded: never part of a fused multiplication and addition.
+inline float rounded_product(float a, float b) { return a * b; }
+
+// The value, of which the compiler knows nothing from here on: in a loop, what is computed from it is computed anew
+// each time instead of lying in registers all along.
+inline int opaque(int value) { return value; }
+
+// Four matrices of 8 x 8 16-bit values from shared memory: lane l names where row l % 8 of matrix l / 8 begins (16
+// bytes, aligned), and gets of matrix i, in words[i], columns l % 4 * 2 and the next of row l / 4. Transposed it gets
+// rows l % 4 * 2 and the next of column l / 4. Both are fragments as mma takes them.
+inline void load_matrices(uint32_t (&words)[4], const Shared<uint16_t>& array, int64_t index,
+                          int line = __builtin_LINE()) {
+  const auto row = load_shared<Vector<uint16_t, 8>>(array, index);
+  const unsigned char* all = simt::warp_exchange(&row, sizeof row, line);
+  const int lane = simt::thread().linear % kWarpSize;
+  for (int i = 0; i < 4; ++i) memcpy(&words[i], all + (i * 8 + lane / 4) * 64 + lane % 4 * 4, 4);
+}
+inline void load_matrices_transposed(uint32_t (&words)[4], const Shared<uint16_t>& array, int64_t index,
+                                     int line = __builtin_LINE()) {
+  const auto row = load_shared<Vector<uint16_t, 8>>(array, index);
+  const unsigned char* all = simt::warp_exchange(&row, sizeof row, line);
+  const int lane = simt::thread().linear % kWarpSize;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int j = 0; j < 2; ++j) memcpy(&pair[j], all + (i * 8 + lane % 4 * 2 + j) * 64 + lane / 4 * 2, 2);
+    words[i] = pair[0] | uint32_t(pair[1]) << 16;
+  }
+}
+
 // c += a b as PTX's mma.m16n8k16 and mma.m16n8k32 spread the matrices over a warp: rows of a and columns of b are eight
 // words each, and word w of row r lies in lane r % 8 * 4 + w % 4. `add(left, right, sum)` multiplies two words.
 template <class Sum, class Add>
@@ -334,6 +376,38 @@ __device__ __forceinline__ uint16_t half_from_float(float value) {
   uint16_t half;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
+}
+
+__device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const uint16_t* array, int64_t index) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(unsigned(__cvta_generic_to_shared(array + index)))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], const uint16_t* array, int64_t index) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(unsigned(__cvta_generic_to_shared(array + index)))
+               : "memory");
 }
 
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

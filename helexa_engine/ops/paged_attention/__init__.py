@@ -14,6 +14,13 @@ paged_attention = Op(
     "paged_attention",
     "helexa_engine.ops.paged_attention.reference",
     Implementation(
+        "cuda",
+        "cuda",
+        "helexa_engine.ops.paged_attention.cuda",
+        supports=lambda facts: facts["head_dim"] % 16 == 0 and facts["head_dim"] <= 256,
+        computes_in="bfloat16",
+    ),
+    Implementation(
         "native",
         "cpu",
         "helexa_engine.ops.paged_attention.native",

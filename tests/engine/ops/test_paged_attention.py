@@ -36,9 +36,12 @@ class Case:
     k_norm: torch.Tensor
     cos_sin: torch.Tensor
     gated: bool = False
+    device: str = "cpu"  # whose pages they are; the tensors are the CPU's
 
     def empty_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = AttentionCacheSpec(self.num_kv_heads, self.head_dim, self.kv_dtype).allocate(self.num_pages)
+        cache = AttentionCacheSpec(self.num_kv_heads, self.head_dim, self.kv_dtype, device=self.device).allocate(
+            self.num_pages
+        )
         for tensor in (cache.k, cache.v):
             tensor.view(torch.int8).fill_(-1)  # NaN, also as scales
         return cache.k, cache.v
@@ -69,7 +72,9 @@ class Case:
         return [(0, len(rows)) for rows in self.qkv]
 
 
-def make(lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, kv_dtype="float16", seed=0) -> Case:
+def make(
+    lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, kv_dtype="float16", device="cpu", seed=0
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     width = ((2 if gated else 1) * num_heads + 2 * num_kv_heads) * head_dim
@@ -83,7 +88,7 @@ def make(lengths, *, heads=(4, 2), head_dim=64, rotary_dim=None, gated=False, kv
         [2 * torch.randn(length, width, generator=generator) for length in lengths],
         pages, sum(counts) + 3,
         1 + 0.2 * torch.randn(head_dim, generator=generator), 1 + 0.2 * torch.randn(head_dim, generator=generator),
-        torch.cat([angles.cos(), angles.sin()], -1).float(), gated,
+        torch.cat([angles.cos(), angles.sin()], -1).float(), gated, device,
     )  # fmt: skip
 
 
