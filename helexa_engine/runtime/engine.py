@@ -201,6 +201,15 @@ class Engine:
         sampling: list[tuple[_Answer, int]] = []
         damaged: dict[_Answer, tuple[Chunk, str]] = {}  # what is not finite there
         chunk_of: dict[_Answer, Chunk] = {}
+        unasked: list[tuple[_Answer, Chunk, int]] = []  # whether they are finite waits for the device: last
+
+        def keep_if_finite(answer: _Answer, chunk: Chunk, row: int) -> bool:
+            if self.runner.is_finite(hidden, row):
+                self.scheduler.keep(chunk.sequence)
+                return True
+            damaged[answer] = chunk, f"the hidden state of prompt token {chunk.end - 1} is"
+            return False
+
         first = 0
         for chunk in chunks:
             rows = slice(first, first + chunk.num_tokens)
@@ -212,10 +221,9 @@ class Engine:
             chunk_of[answer] = chunk
             if chunk.samples:
                 sampling.append((answer, first - 1))
-            elif self.runner.is_finite(hidden, first - 1):
-                self.scheduler.keep(chunk.sequence)
-            else:
-                damaged[answer] = chunk, f"the hidden state of prompt token {chunk.end - 1} is"
+            elif not answer.scores_prompt:
+                unasked.append((answer, chunk, first - 1))
+            elif not keep_if_finite(answer, chunk, first - 1):
                 continue
             if answer.scores_prompt:
                 try:
@@ -237,6 +245,9 @@ class Engine:
                     outputs.append(self._fail(answer, outcome))
                 else:
                     outputs.append(self._sampled(answer, *outcome))
+        for answer, chunk, row in unasked:
+            if answer.sequence in self._answers:
+                keep_if_finite(answer, chunk, row)
         # Last, for what is computed again writes over this step's rows.
         for answer, (chunk, what) in damaged.items():
             if answer.sequence in self._answers:

@@ -27,7 +27,7 @@ from ..ops.sample import sample
 from ..quant import mixes, types
 from ..weights.checkpoint import Checkpoint
 from ..weights.loader import LoadedTensor, loaded_tensors
-from . import cuda_device, memory, quant_cache
+from . import cuda_device, cuda_facts, memory, quant_cache
 from .memory import MemoryPlan, available_bytes
 from .workspace import workspace_bytes
 
@@ -146,7 +146,11 @@ def _device_and_kernels(
     """
     if config.device == "cpu":
         return "cpu", "asked for", _kernels(model, "cpu")
-    obstacle = cuda_device.diagnose() if is_here or config.device == "auto" else None
+    obstacle = None
+    if is_here or cuda.is_emulated():
+        obstacle = cuda_device.diagnose()
+    elif config.device == "auto":  # by what can be known without torch: a server plans so
+        obstacle = cuda_device.diagnose(cuda_facts.gather())
     if obstacle is not None:
         if config.device == "cuda":
             cuda_device.require_cuda()
