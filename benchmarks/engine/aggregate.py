@@ -11,10 +11,14 @@ from typing import Any
 
 from helexa_engine import LLM, SamplingParams
 from helexa_engine.cli import machine
-from helexa_engine.cli.bench import Prompts, append_row, decode_bytes, preset_file
+from helexa_engine.cli.bench import Limits, Prompts, append_row, decode_bytes, preset_model
+from helexa_engine.config import EngineConfig
 from helexa_engine.errors import HelexaError
 from helexa_engine.ops.registry import require_native
+from helexa_engine.runtime.load import load_model
 from helexa_engine.weights.checkpoint import Checkpoint, open_checkpoint
+
+from .goals import judged
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "aggregate.jsonl"
 
@@ -26,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.engine.aggregate", description=__doc__)
     parser.add_argument("--preset", nargs="+", default=["qwen3-0.6b", "qwen3.5-0.8b"], help="[dense and hybrid]")
     parser.add_argument("--quant", default="Q4_K_M", help="[Q4_K_M]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models run [cpu]")
     parser.add_argument("--preset-folder", type=Path, help="where preset files are kept; default: the temporary folder")
     parser.add_argument("--sequences", nargs="+", type=int, default=[1, 2, 4, 8], help="[1 2 4 8]")
     parser.add_argument("--decode-tokens", type=int, default=48, help="of each answer [48]")
@@ -35,16 +40,17 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         for preset in arguments.preset:
-            path = preset_file(preset, arguments.quant, arguments.preset_folder)
-            with open_checkpoint(path) as checkpoint:
+            model = preset_model(preset, arguments.quant, arguments.preset_folder, arguments.device)
+            with open_checkpoint(model) if isinstance(model, str) else model as checkpoint:
                 bytes_per_step, operations_per_token = work(checkpoint)
-            with LLM(
-                path,
+            config = EngineConfig(
+                device=arguments.device,
                 max_model_len=max(arguments.sequences)
                 * (PROMPT_TOKENS + arguments.decode_tokens + 64),  # pages for all at once
                 max_num_seqs=max(arguments.sequences),
                 num_threads=arguments.num_threads,
-            ) as llm:
+            )
+            with LLM.of(load_model(model, config)) as llm:
                 rows = measure(
                     llm,
                     f"{preset} {arguments.quant}",
@@ -56,6 +62,8 @@ def main() -> int:
                 )
             for row in rows:
                 print(report(row), flush=True)
+                if arguments.device == "cuda":
+                    print("\n".join(map(str, judged(row))), flush=True)
                 append_row(arguments.output, row)
     except HelexaError as error:
         print(f"benchmarks.engine.aggregate: error: {error}", file=sys.stderr)
@@ -88,26 +96,30 @@ def measure(
     prompts = Prompts(llm)
     for count in sequences:
         step_seconds(llm, prompts, count, min(decode_tokens, 8))  # warm-up
-    ceilings = [(native.read_bandwidth(), native.int8_rate())]
+    limits = Limits(llm.model_info.device)
+    limits.measure()
     samples: dict[int, list[float]] = {count: [] for count in sequences}
     for _ in range(repetitions):
         for count in sequences:
             samples[count].append(step_seconds(llm, prompts, count, decode_tokens))
-    ceilings.append((native.read_bandwidth(), native.int8_rate()))
-    bandwidth, int8_rate = (statistics.mean(values) for values in zip(*ceilings, strict=True))
+    limits.measure()
+    bandwidth, rate = statistics.mean(limits.bandwidths), statistics.mean(limits.matmul_rates)
+    stamp = machine.stamp(native)
+    stamp["machine"] |= limits.described
+    rate_name = "int8_operations_per_second" if llm.model_info.device == "cpu" else "matmul_operations_per_second"
     single = statistics.median(samples[min(sequences)]) / min(sequences)
     rows = []
     for count in sequences:
         seconds = statistics.median(samples[count])
-        roofline = max(bytes_per_step / bandwidth, count * operations_per_token / int8_rate)
+        roofline = max(bytes_per_step / bandwidth, count * operations_per_token / rate)
         rows.append(
             {
                 "benchmark": "aggregate",
                 "model": name,
-                **machine.stamp(native),
+                **stamp,
                 "repetitions": repetitions,
                 "read_bytes_per_second": round(bandwidth),
-                "int8_operations_per_second": round(int8_rate),
+                rate_name: round(rate),
                 "sequences": count,
                 "decode_tokens": decode_tokens,
                 "tokens_per_second": round(count / seconds, 2),

@@ -8,26 +8,75 @@
 multiply rate. ``roofline`` is the share of the slower of two ceilings: those operations over the multiply rate, or the bytes that are
 read and written once (activations, and the states twice) over the read bandwidth. Prompts differ from call to call, so that one is
 larger than the caches. Token by token is the same op called with pieces too short for a chunk.
+
+    python -m benchmarks.ops.gated_delta_rule --device cuda --tokens 1 2048 8192
+
+On a card one token is the whole decode step of the mixer, its convolution included, and more are a prompt; ``microseconds`` is what goals
+are set for.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from helexa_engine.cli import machine
-from helexa_engine.ops.gated_delta_rule import native
+from helexa_engine.ops.gated_delta_rule import gated_delta_rule, native
 from helexa_engine.ops.registry import require_native
+
+from .place import Place, add_arguments, place
+from .roofline import print_row
 
 HEAD_DIM = 128  # of keys and values in every released model
 TOO_SHORT = 15  # tokens that do not make a chunk: csrc/cpu/gated_delta_rule.h
 COPIES = 3  # of the prompt
 _native = require_native()
+CONV_KERNEL = 4
+
+
+def measure_on_card(where: Place, num_k_heads: int, num_v_heads: int, tokens: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a call, with the bytes and operations it takes. One token is a step, more are a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    heads = {"num_k_heads": num_k_heads, "num_v_heads": num_v_heads}
+    kernels = where.implementation(gated_delta_rule, head_k_dim=HEAD_DIM, head_v_dim=HEAD_DIM)
+    value_dim = num_v_heads * HEAD_DIM
+    channels = 2 * num_k_heads * HEAD_DIM + value_dim
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(where.device)
+
+    state_bytes = 4 * num_v_heads * HEAD_DIM * HEAD_DIM
+    count = max(1, math.ceil(where.working_set / state_bytes)) if tokens == 1 else 1
+    slots = torch.zeros(1, dtype=torch.int32, device=where.device)
+    borders = torch.tensor([0, tokens], dtype=torch.int32, device=where.device)
+    weights = -random(num_v_heads).abs(), random(num_v_heads), random(HEAD_DIM), 1e-6
+    convolution = random(channels, CONV_KERNEL)
+    calls = []
+    for _ in range(count):
+        qkv, z = random(tokens, channels), random(tokens, value_dim)
+        b, a = random(tokens, num_v_heads), random(tokens, num_v_heads)
+        state = random(1, num_v_heads, HEAD_DIM, HEAD_DIM) * 0.1
+        if tokens == 1:
+            conv_state = random(1, CONV_KERNEL - 1, channels)
+            given = (qkv, convolution, conv_state, z, b, a, *weights, state, slots, borders)
+            calls.append(partial(kernels.gated_delta_step, *given, tiled=True, **heads))
+        else:
+            given = (qkv, z, b, a, *weights, state, slots, borders)
+            calls.append(partial(kernels.gated_delta_rule, *given, tiled=True, **heads))
+    activations = tokens * (channels + 2 * value_dim + 2 * num_v_heads)
+    return {
+        "seconds": where.seconds(calls, repeats),
+        "bytes": 4.0 * activations + 2.0 * state_bytes,
+        "operations": 6.0 * HEAD_DIM * HEAD_DIM * num_v_heads * tokens,
+    }
 
 
 class Prompt:
@@ -69,12 +118,29 @@ def main() -> None:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[512])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="append the rows to this file")
+    add_arguments(parser)
     arguments = parser.parse_args()
     if len(arguments.heads) % 2:
         parser.error("argument --heads: expected pairs of key heads and value heads")
+    pairs = list(zip(arguments.heads[::2], arguments.heads[1::2], strict=True))
+    if arguments.device == "cuda":
+        where = place("cuda")
+        for (num_k_heads, num_v_heads), tokens in itertools.product(pairs, arguments.tokens):
+            result = measure_on_card(where, num_k_heads, num_v_heads, tokens, arguments.repeats)
+            heads = f"{num_k_heads} k, {num_v_heads} v, d{HEAD_DIM}"
+            print_row(
+                "gated_delta_rule",
+                {"heads": heads, "tokens": tokens, "microseconds": result["seconds"] * 1e6},
+                where,
+                seconds=result["seconds"],
+                nbytes=result["bytes"],
+                operations=result["operations"],
+                rate=where.rates["float32"],
+                json_file=arguments.json,
+            )
+        return
     bandwidth, rate = _native.read_bandwidth(), _native.float_rate()
-    for num_k_heads, num_v_heads in zip(arguments.heads[::2], arguments.heads[1::2], strict=True):
+    for num_k_heads, num_v_heads in pairs:
         for tokens in arguments.tokens:
             prompts = [Prompt(num_k_heads, num_v_heads, tokens, seed) for seed in range(COPIES)]
             forms: dict[str, list[float]] = {"chunk": [], "recurrent": []}
@@ -87,7 +153,7 @@ def main() -> None:
             medians = {form: statistics.median(samples) for form, samples in forms.items()}
             for form, median in medians.items():
                 report(
-                    arguments.json,
+                    None if arguments.json is None else Path(arguments.json),
                     bandwidth,
                     rate,
                     (num_k_heads, num_v_heads, tokens),

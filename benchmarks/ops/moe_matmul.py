@@ -20,13 +20,11 @@ import torch
 from helexa_engine import presets
 from helexa_engine.ops.moe_matmul import Experts, native
 from helexa_engine.ops.moe_matmul.reference import route
-from helexa_engine.ops.registry import require_native
 from helexa_engine.quant import types
 from helexa_engine.quant.types import QuantType
 
+from .place import place
 from .roofline import print_row
-
-_native = require_native()
 
 
 def experts(mix: list[QuantType], count: int, width: int, hidden: int, mapped: bool) -> Experts:
@@ -63,7 +61,7 @@ def main() -> None:
         rows * quant_type.row_bytes(cols)
         for quant_type, rows, cols in zip(mix, (width, width, hidden), (hidden, hidden, width), strict=True)
     )
-    bandwidth, rate = _native.read_bandwidth(), _native.int8_rate()
+    where = place("cpu")
     for rows in arguments.rows:
         seconds, touched = [], []
         for repeat in range(arguments.repeats + 1):
@@ -86,11 +84,11 @@ def main() -> None:
                 "mapped": arguments.mapped,
                 "rows": rows,
             },
+            where,
             seconds=median,
             nbytes=nbytes,
             operations=operations,
-            bandwidth=bandwidth,
-            rate=rate,
+            rate=where.rates["int8"],
         )
 
 

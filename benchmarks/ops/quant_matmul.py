@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
+from functools import partial
 
 import numpy as np
 import torch
 
-from helexa_engine.ops.quant_matmul import native
-from helexa_engine.ops.registry import require_native
+from helexa_engine.ops.quant_matmul import quant_matmul
 from helexa_engine.quant import types
 from helexa_engine.quant.types import QuantType
 
+from .place import Place, add_arguments, place
 from .roofline import print_row
 
-WORKING_SET = 96 << 20  # bytes
 DEFAULT_TYPES = "F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
-_native = require_native()
 
 
 def random_weights(quant_type: QuantType, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:
@@ -40,26 +37,23 @@ def random_weights(quant_type: QuantType, rows: int, cols: int, rng: np.random.G
     return values.astype({4: np.float32, 2: np.float16, 8: np.float64}[quant_type.block_bytes]).view(np.uint8)
 
 
-def measure(quant_type: QuantType, out_features: int, in_features: int, rows: int, repeats: int) -> dict[str, float]:
+def measure(
+    where: Place, quant_type: QuantType, out_features: int, in_features: int, rows: int, repeats: int
+) -> dict[str, float]:
     """Median seconds of a call, with the bytes and operations it takes."""
     rng = np.random.default_rng(0)
     weight_bytes = out_features * quant_type.row_bytes(in_features)
-    count = max(1, math.ceil(WORKING_SET / weight_bytes)) if rows <= 8 else 2
+    count = max(1, math.ceil(where.working_set / weight_bytes)) if rows <= 8 else 2
+    kernels = where.implementation(quant_matmul, in_features=in_features)
     weights = [
-        native.pack(quant_type, random_weights(quant_type, out_features, in_features, rng), out_features, in_features)
+        kernels.pack(quant_type, random_weights(quant_type, out_features, in_features, rng), out_features, in_features)
         for _ in range(count)
     ]
-    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0))
-    out = torch.empty(rows, out_features)
-    seconds = []
-    for repeat in range(repeats + 1):
-        start = time.perf_counter()
-        for weight in weights:
-            native.quant_matmul(x, [weight], out=out)
-        if repeat:  # the first round warms up
-            seconds.append((time.perf_counter() - start) / count)
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0)).to(where.device)
+    out = torch.empty(rows, out_features, device=where.device)
+    calls = [partial(kernels.quant_matmul, x, [weight], out=out) for weight in weights]
     return {
-        "seconds": statistics.median(seconds),
+        "seconds": where.seconds(calls, repeats),
         "bytes": weights[0].nbytes,
         "operations": 2.0 * rows * out_features * in_features,
     }
@@ -71,25 +65,26 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 512])
     parser.add_argument("--shape", default="3072x1024", help="output x input features of the weights")
     parser.add_argument("--repeats", type=int, default=5)
+    add_arguments(parser)
     arguments = parser.parse_args()
     out_features, in_features = (int(n) for n in arguments.shape.split("x"))
-    bandwidth, int8_rate, float_rate = _native.read_bandwidth(), _native.int8_rate(), _native.float_rate()
-    bfloat16_rate = _native.bfloat16_rate()
+    where = place(arguments.device)
     for name in arguments.types:
         quant_type = types.by_name(name)
         if quant_type is None:
             parser.error(f"argument --types: {name!r} is no tensor type")
-        rate = int8_rate if not quant_type.is_float else bfloat16_rate if quant_type is types.BF16 else float_rate
+        arithmetic = "int8" if not quant_type.is_float else "bfloat16" if quant_type is types.BF16 else "float32"
         for rows in arguments.rows:
-            result = measure(quant_type, out_features, in_features, rows, arguments.repeats)
+            result = measure(where, quant_type, out_features, in_features, rows, arguments.repeats)
             print_row(
                 "quant_matmul",
                 {"type": name, "shape": arguments.shape, "rows": rows},
+                where,
                 seconds=result["seconds"],
                 nbytes=result["bytes"],
                 operations=result["operations"],
-                bandwidth=bandwidth,
-                rate=rate,
+                rate=where.rates[arithmetic],
+                json_file=arguments.json,
             )
 
 

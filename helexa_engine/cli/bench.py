@@ -170,7 +170,7 @@ def measure(
     with loading as llm:
         load_seconds = time.perf_counter() - started
         resident = machine.resident_bytes()
-        limits = _Limits(llm.model_info.device)
+        limits = Limits(llm.model_info.device)
         prompts = Prompts(llm)
         for tokens in lengths:
             _prefill(llm, prompts.draw(tokens))  # warm-up: first touches of pages and workspaces
@@ -241,12 +241,12 @@ def measure(
     }
 
 
-class _Limits:
+class Limits:
     """The ceilings of where a model runs, of each time that they were measured.
 
     Attributes:
         bandwidths: bytes a second; of the processor read, of a device read and written.
-        matmul_rates: operations a second in bfloat16, of a device.
+        matmul_rates: operations a second: of the processor in int8, of a device in bfloat16.
         described: what the row says of the device.
     """
 
@@ -263,6 +263,7 @@ class _Limits:
 
         if self._device is None:
             self.bandwidths.append(_native.read_bandwidth())
+            self.matmul_rates.append(_native.int8_rate())
         else:
             self.bandwidths.append(device_ceilings.copy_bandwidth(self._device))
             self.matmul_rates.append(device_ceilings.matmul_rate(self._device))
