@@ -29,7 +29,7 @@ def sampled(
     settings = core.put(pack(rows))
     core.kernels.sample(
         core.address(settings),
-        ROW.itemsize,
+        ROW.size,
         size,
         width,
         core.address(values) + 4 * shift,
@@ -105,7 +105,7 @@ def test_what_cannot_be_sampled(cuda_core) -> None:
     def call(**changed: int) -> None:
         arguments = {
             "table": place,
-            "row_bytes": ROW.itemsize,
+            "row_bytes": ROW.size,
             "rows": 1,
             "cols": 8,
             "logits": place,
@@ -122,7 +122,7 @@ def test_what_cannot_be_sampled(cuda_core) -> None:
     for name, value, expected in (
         ("cols", 0, "1 to 262144"),
         ("cols", 2**18 + 1, "1 to 262144"),
-        ("row_bytes", 8, str(ROW.itemsize)),
+        ("row_bytes", 8, str(ROW.size)),
         ("num_top", 2049, "-1 to 2048"),
     ):
         with pytest.raises(ValueError, match=f"sample: {name}: expected {expected}, got {value}"):

@@ -24,7 +24,7 @@ def sample(logits: torch.Tensor, rows: SampleRows) -> torch.Tensor:
     scratch = torch.empty(words, dtype=torch.int64, device=logits.device)
     kernels.sample(
         rows.table.data_ptr(),
-        ROW.itemsize,
+        ROW.size,
         size,
         vocab_size,
         logits.data_ptr(),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,35 +16,28 @@ if TYPE_CHECKING:
 Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float32]
 
-#: ``SampleRow``. ``lists``: where among the entries the biases, the seen, the generated and the masked tokens begin, and the end.
-ROW = np.dtype(
-    [
-        ("temperature", "f8"),
-        ("top_p", "f8"),
-        ("min_p", "f8"),
-        ("uniform", "f8"),
-        ("repetition_penalty", "f4"),
-        ("frequency_penalty", "f4"),
-        ("presence_penalty", "f4"),
-        ("top_k", "i4"),
-        ("lists", "i4", 5),
-        ("mask_row", "i4"),
-        ("forced", "i4"),
-        ("num_logprobs", "i4"),
-    ]
-)
+#: ``SampleRow``: temperature, top_p, min_p, uniform; the penalties for repetition, frequency and presence; top_k; where among the entries
+#: the biases, the seen, the generated and the masked tokens begin, and the end; mask, forced and num_logprobs, -1 for None.
+ROW = struct.Struct("=4d3f9i")
 #: ``SampleEntry``.
 ENTRY = np.dtype([("id", "i4"), ("value", "f4")])
 
 OK, NOT_FINITE, NOTHING_ALLOWED = range(3)
 
 
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
+_LARGEST_INT = 2**31 - 1
+
+_NO_IDS: Ids = np.empty(0, np.int64)
+_NO_NUMBERS: Numbers = np.empty(0, np.float32)
+
+
 def _no_ids() -> Ids:
-    return np.empty(0, np.int64)
+    return _NO_IDS
 
 
 def _no_numbers() -> Numbers:
-    return np.empty(0, np.float32)
+    return _NO_NUMBERS
 
 
 @dataclass(slots=True)
@@ -131,61 +125,77 @@ class Sampled:
 
 def pack(rows: Sequence[SampleRow]) -> npt.NDArray[np.uint8]:
     """The table of ``rows``."""
-    settings = np.zeros(len(rows), ROW)
+    settings = bytearray(len(rows) * ROW.size)
     ids: list[Ids] = []
     values: list[Numbers] = []
     size = 0
-    for record, row in zip(settings, rows, strict=True):
-        for name in ("temperature", "top_p", "min_p", "uniform", "top_k"):
-            record[name] = getattr(row, name)
-        for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
-            record[name] = getattr(row, name)
-        for name, value in (("mask_row", row.mask), ("forced", row.forced), ("num_logprobs", row.num_logprobs)):
-            record[name] = -1 if value is None else value
-        record["lists"][0] = size
-        lists: list[tuple[Ids, Numbers | None]] = [
-            (row.bias_ids, row.bias),
-            (row.seen_ids, None),
-            (row.output_ids, row.output_counts),
-            (row.masked_ids, None),
-        ]
-        for i, (tokens, numbers) in enumerate(lists):
-            size += len(tokens)
-            record["lists"][i + 1] = size
-            if len(tokens):
+    for i, row in enumerate(rows):
+        ends = [size, size, size, size, size]
+        if row.has_lists:
+            lists: list[tuple[Ids, Numbers | None]] = [
+                (row.bias_ids, row.bias),
+                (row.seen_ids, None),
+                (row.output_ids, row.output_counts),
+                (row.masked_ids, None),
+            ]
+            for k, (tokens, numbers) in enumerate(lists):
+                size += len(tokens)
+                ends[k + 1] = size
                 ids.append(tokens)
                 values.append(np.zeros(len(tokens), np.float32) if numbers is None else numbers)
+        ROW.pack_into(
+            settings,
+            i * ROW.size,
+            row.temperature,
+            row.top_p,
+            row.min_p,
+            row.uniform,
+            min(row.repetition_penalty, _LARGEST_FLOAT),
+            row.frequency_penalty,
+            row.presence_penalty,
+            min(row.top_k, _LARGEST_INT),
+            *ends,
+            -1 if row.mask is None else row.mask,
+            -1 if row.forced is None else row.forced,
+            -1 if row.num_logprobs is None else row.num_logprobs,
+        )
+    packed = np.frombuffer(settings, np.uint8)
+    if not size:
+        return packed
     entries = np.empty(size, ENTRY)
-    if size:
-        entries["id"] = np.concatenate(ids)
-        entries["value"] = np.concatenate(values)
-    return np.concatenate([settings.view(np.uint8), entries.view(np.uint8)])
+    entries["id"] = np.concatenate(ids)
+    entries["value"] = np.concatenate(values)
+    return np.concatenate([packed, entries.view(np.uint8)])
 
 
 def unpack(table: npt.NDArray[np.uint8], num_rows: int) -> list[SampleRow]:
     """What :func:`pack` was given."""
-    settings = table[: num_rows * ROW.itemsize].view(ROW)
-    entries = table[num_rows * ROW.itemsize :].view(ENTRY)
+    entries = table[num_rows * ROW.size :].view(ENTRY)
     rows = []
-    for record in settings:
-        parts = [entries[record["lists"][i] : record["lists"][i + 1]] for i in range(4)]
+    for numbers in ROW.iter_unpack(table[: num_rows * ROW.size].tobytes()):
+        ends = numbers[8:13]
+        parts = [entries[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
         ids = [part["id"].astype(np.int64) for part in parts]
-        plain: dict[str, Any] = {
-            name: record[name].item()
-            for name in ("temperature", "top_p", "min_p", "uniform", "top_k")
-            + ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        }
-        for name, key in (("mask_row", "mask"), ("forced", "forced"), ("num_logprobs", "num_logprobs")):
-            plain[key] = None if record[name] < 0 else int(record[name])
+        mask, forced, num_logprobs = (None if number < 0 else number for number in numbers[13:])
         rows.append(
             SampleRow(
-                **plain,
+                temperature=numbers[0],
+                top_p=numbers[1],
+                min_p=numbers[2],
+                uniform=numbers[3],
+                repetition_penalty=numbers[4],
+                frequency_penalty=numbers[5],
+                presence_penalty=numbers[6],
+                top_k=numbers[7],
                 bias_ids=ids[0],
                 bias=parts[0]["value"].copy(),
                 seen_ids=ids[1],
                 output_ids=ids[2],
                 output_counts=parts[2]["value"].copy(),
                 masked_ids=ids[3],
+                mask=mask,
+                forced=forced,
+                num_logprobs=num_logprobs,
             )
         )
     return rows

@@ -37,7 +37,7 @@ FILTERS: list[dict[str, Any]] = [
     {"top_k": 7},
     {"top_k": 300},
     {"top_k": 2500},
-    {"top_k": 10**6},
+    {"top_k": 10**12},
     {"top_p": 0.5},
     {"top_p": 0.999},
     {"top_p": 1e-6},
@@ -274,6 +274,11 @@ def test_no_rows() -> None:
 
 def test_no_rows_on_cuda(cuda_device: torch.device) -> None:
     assert by_cuda(cuda_device, np.empty((0, 7), np.float32), []) == []
+
+
+def test_numbers_beyond_the_table_s_are_its_largest() -> None:
+    [row] = unpack(pack([SampleRow(top_k=10**30, repetition_penalty=1e300)]), 1)
+    assert row.top_k == 2**31 - 1 and row.repetition_penalty == float(np.finfo(np.float32).max)
 
 
 def test_tables_and_results_are_read_as_they_were_written() -> None:

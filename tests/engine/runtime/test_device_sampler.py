@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from helexa_engine import LLM
 from helexa_engine.runtime.device_sampler import DeviceSampler
 from helexa_engine.runtime.engine import Engine
 from helexa_engine.runtime.exchange import EngineRequest
 from helexa_engine.runtime.sampler import Logprobs, NotFinite, Outcome, Sampler, SamplingFailed, sample_rows
-from helexa_engine.sampling_params import SamplingParams
+from helexa_engine.sampling_params import SamplingParams, StructuredOutput
+from helexa_engine.testing.checkpoints import write_qwen3_folder
 from helexa_engine.testing.cuda_core import emulated_cuda, emulation
 from helexa_engine.testing.toy_model import ToyModel, toy_engine
 
@@ -190,3 +193,25 @@ def test_the_engine_gives_the_same_answers(device: torch.device) -> None:
                 assert_same_logprobs(a.logprobs, b.logprobs)
     assert isinstance(got["poisoned", 0][-1].error, NotFinite)
     assert isinstance(got["broken", 0][-1].error, SamplingFailed) and len(got["broken", 0]) == 2
+
+
+def test_a_model_on_cuda_answers_as_with_the_sampler_of_the_host(device: torch.device, tmp_path: Path) -> None:
+    """From its prompts on: chunks of several lengths, decode steps by graph, a grammar's masks."""
+    settings = [
+        *({**fields, "logit_bias": {4: 5.0}} if "logit_bias" in fields else fields for fields in SETTINGS),
+        {"temperature": 1.0, "structured": StructuredOutput(regex="(yes|no){3}")},
+    ]
+    params = [SamplingParams(**fields, max_tokens=5, seed=i) for i, fields in enumerate(settings)]
+    prompts = [list(range(10, 11 + 9 * i)) for i in range(len(params))]
+    folder = write_qwen3_folder(tmp_path / "model")
+    with LLM(folder, device="cuda", max_model_len=128, max_num_seqs=4, prefix_cache=False) as llm:
+        runner = llm._loaded.thread._engine.runner
+        assert runner._device_sampler is not None
+        got = llm.generate(prompts, params)
+        runner._device_sampler = None
+        expected = llm.generate(prompts, params)
+    assert "yes" in got[-1].text or "no" in got[-1].text
+    for a, b in zip(got, expected, strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        for x, y in zip(a.logprobs or (), b.logprobs or (), strict=True):
+            assert x.logprob == pytest.approx(y.logprob, abs=1e-5)
