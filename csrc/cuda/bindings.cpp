@@ -1,5 +1,7 @@
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 #include "../check.h"
 #include "argmax.h"
 #include "causal_conv1d.h"
@@ -13,6 +15,7 @@
 #include "devices.h"
 #endif
 #include "quant_embedding.h"
+#include "quant_matvec.h"
 #include "repack.h"
 
 namespace py = pybind11;
@@ -136,6 +139,30 @@ void bind(py::module_& module) {
       },
       py::arg("values"), py::arg("rows"), py::arg("cols"), py::arg("scratch"), py::arg("out"), py::arg("stream") = 0,
       "out [rows]: the place of the largest of values [rows, cols], the first among equals; a NaN is the largest.");
+  module.def("quant_matvec_workspace", &quant_matvec_workspace, py::arg("rows"), py::arg("cols"),
+             "Bytes of quant_matvec's workspace; 0 where it needs none.");
+  module.def(
+      "quant_matvec",
+      [](const std::vector<std::tuple<int, uintptr_t, int64_t, float>>& parts, int64_t cols, uintptr_t x, int64_t rows,
+         uintptr_t norm_weight, float norm_eps, bool silu_mul, bool add, bool exact, uintptr_t out, uintptr_t workspace,
+         Stream stream) {
+        constexpr const char* f = "quant_matvec";
+        QuantMatvec call;
+        for (const auto& [quant_type, planes, part_rows, scale] : parts)
+          call.parts.push_back({quant_type, pointer<const void>(planes, f, "parts"), part_rows, scale});
+        call.cols = cols, call.x = pointer<const float>(x, f, "x"), call.rows = rows;
+        call.norm_weight = optional<const float>(norm_weight), call.norm_eps = norm_eps;
+        call.silu_mul = silu_mul, call.add = add, call.exact = exact;
+        call.out = pointer<float>(out, f, "out"), call.workspace = optional<void>(workspace);
+        quant_matvec(call, stream);
+      },
+      py::arg("parts"), py::arg("cols"), py::arg("x"), py::arg("rows"), py::arg("norm_weight"), py::arg("norm_eps"),
+      py::arg("silu_mul"), py::arg("add"), py::arg("exact"), py::arg("out"), py::arg("workspace"),
+      py::arg("stream") = 0,
+      "x [rows <= 8, cols] times parts (quant_type, planes, rows, scale) side by side; norm_weight and workspace may "
+      "be "
+      "0.");
+
   module.def("planes_bytes", &planes_bytes, py::arg("quant_type"), py::arg("rows"), py::arg("cols"),
              "Bytes of the planes of a matrix.");
   module.def(

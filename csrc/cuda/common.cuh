@@ -169,6 +169,10 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 // Rounded on their own: no product fuses into a sum, whatever the compiler's flags.
 inline float multiply_rounded(float a, float b) { return a * b; }
 inline float subtract_rounded(float a, float b) { return a - b; }
+// a b + c, rounded once.
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+// To the nearest, halves to even.
+inline int round_to_int(float value) { return int(std::lrint(value)); }
 
 inline float float_from_half(uint16_t half) {
   _Float16 value;
@@ -259,6 +263,9 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_int8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
   mma_words(c, a, b, line, [](uint32_t left, uint32_t right, int sum) { return dp4a(int(left), int(right), sum); });
 }
+
+// Of the device that kernels are launched on.
+inline int multiprocessor_count() { return 2; }
 
 // Runs `kernel` with a grid of blocks of `threads`, each with `shared_bytes` of shared memory.
 template <auto kernel, class... Arguments>
@@ -366,6 +373,8 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_
 
 __device__ __forceinline__ float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float subtract_rounded(float a, float b) { return __fsub_rn(a, b); }
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ __forceinline__ int round_to_int(float value) { return __float2int_rn(value); }
 
 __device__ __forceinline__ float float_from_half(uint16_t half) {
   float value;
@@ -429,6 +438,13 @@ inline void check_cuda(cudaError_t status, const char* name) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // else torch would take it for its own
   throw CudaError(status, std::string(name) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+}
+
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
 }
 
 template <auto kernel, class... Arguments>

@@ -25,6 +25,8 @@ struct dim3 {
 };
 
 #define __global__
+#define __grid_constant__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)

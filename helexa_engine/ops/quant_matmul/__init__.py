@@ -16,6 +16,7 @@ from ..registry import Implementation, Op
 quant_matmul = Op(
     "quant_matmul",
     "helexa_engine.ops.quant_matmul.reference",
+    Implementation("cuda", "cuda", "helexa_engine.ops.quant_matmul.cuda", computes_in="int8"),
     Implementation("native", "cpu", "helexa_engine.ops.quant_matmul.native", computes_in="int8"),
 )
 
