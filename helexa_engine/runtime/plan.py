@@ -29,7 +29,7 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.loader import LoadedTensor, loaded_tensors
 from . import cuda_device, cuda_facts, memory, quant_cache
 from .memory import MemoryPlan, available_bytes
-from .workspace import workspace_bytes
+from .workspace import rounding_bytes, workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,12 @@ def plan_model(
         mmap_experts=config.mmap_experts,
     )
     type_bytes: Counter[str] = Counter()
+    rounding = 0
     for tensor in tensors:
         if not tensor.mapped:
-            type_bytes[tensor.quant_type.name] += _bytes_in_memory(tensor, model, kernels)
+            nbytes = _bytes_in_memory(tensor, model, kernels)
+            type_bytes[tensor.quant_type.name] += nbytes
+            rounding += rounding_bytes(nbytes) if device == "cuda" else 0
     return ModelPlan(
         name=name,
         path=checkpoint.path,
@@ -127,6 +130,7 @@ def plan_model(
             available if limit is None else min(available, limit),
             device=device,
             where=where,
+            rounding=rounding,
             mapped_bytes=sum(tensor.nbytes for tensor in tensors if tensor.mapped),
         ),
         type_bytes=dict(type_bytes.most_common()),
@@ -234,9 +238,12 @@ def plan_memory(
     *,
     device: str = "cpu",
     where: str = "this machine",
+    rounding: int = 0,
     mapped_bytes: int = 0,
 ) -> MemoryPlan:
     """The memory of a model of this shape with ``available`` bytes on ``device``, which messages call ``where``.
+
+    ``rounding`` are bytes that the weights take beside their own.
 
     Raises:
         ModelDoesNotFit, InvalidRequest.
@@ -254,7 +261,7 @@ def plan_memory(
         )
     page_bytes = sum(spec.page_bytes for spec in specs if isinstance(spec, AttentionCacheSpec))
     slot_bytes = sum(spec.slot_bytes for spec in specs if isinstance(spec, StateCacheSpec))
-    workspace = workspace_bytes(model_config, config, device)
+    workspace = workspace_bytes(model_config, config, device) + rounding
     if device == "cuda" and config.cuda_graphs:
         workspace += page_bytes + slot_bytes  # for the rows that fill a graph's batch up
     return memory.plan(

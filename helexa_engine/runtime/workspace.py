@@ -15,6 +15,12 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig, device: str) -> in
     return _on_cuda(model, config) if device == "cuda" else _on_cpu(model, config)
 
 
+def rounding_bytes(nbytes: int) -> int:
+    """What torch's allocator takes on a device beyond a tensor of so many bytes: from 10 MiB on it gives whole pieces of 2 MiB. Smaller
+    ones share pieces of 20 MiB."""
+    return -nbytes % (2 << 20) if nbytes >= 10 << 20 else 0
+
+
 def _on_cpu(model: ModelConfig, config: EngineConfig) -> int:
     """Float32 activations of the largest step, the logits, and what the recorded decode steps keep.
 

@@ -46,6 +46,18 @@ def test_a_tensor_keeps_the_memory_alive(either: None) -> None:
     assert tensor.sum() == MB and (other == 7.0).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
+def test_memory_of_a_device_is_taken_in_one_piece() -> None:
+    memory = ReservedMemory(4 * MB, 2, torch.device("cuda"))
+    first, second = memory.zeros(MB // 4), memory.zeros(3, MB, dtype=torch.uint8)
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    first.fill_(1.0)
+    assert first.is_cuda and not second.any()
+    with pytest.raises(ValueError, match="were reserved"):
+        memory.zeros(MB)
+
+
 @needs_native
 def test_more_than_was_reserved_is_refused() -> None:
     with pytest.raises(ValueError):
