@@ -6,7 +6,8 @@
 // The heads of the new tokens are normed and rotated in the block itself: a launch for that would cost more.
 //
 // Each of the four warps takes 16 keys of a page and is a pipeline of its own, with a ring of `units` (16 keys or 16
-// values) that arrive while it computes; no barrier of the block is needed before the four results are added.
+// values, or half of their dimensions) that arrive while it computes; no barrier of the block is needed before the four
+// results are added. A block has 32 to 48 KB on the way, so that one on each multiprocessor keeps an H200 busy.
 #include "paged_attention.cuh"
 
 namespace helexa::cuda {
@@ -56,17 +57,21 @@ __device__ __forceinline__ Partial partial_of(const PagedAttention& p, int64_t s
 // Sizes of the shared memory: a ring of units for each warp, for Q8_0 with a tile that a unit is dequantised into.
 template <int kDim, bool kQuantised>
 struct Ring {
-  static constexpr int kUnits = kQuantised ? (kDim == 256 ? 3 : 1024 / kDim) : 512 / kDim;
-  static constexpr int kTile = kUnitRows * kDim;  // in elements of 16 bits
+  static constexpr int kColumns = kQuantised || kDim < 128 ? kDim : 128;  // dimensions of a unit
+  static constexpr int kPieces = kDim / kColumns;
+  static constexpr int kUnits = kQuantised ? (kDim == 256 ? 3 : 1024 / kDim) : 512 / kColumns;
+  static constexpr int kStepsAhead = (kUnits - 1 + 2 * kPieces - 1) / (2 * kPieces);  // that units on the way belong to
+  static constexpr int kTile = kUnitRows * kColumns;                                  // in elements of 16 bits
   static constexpr int kUnit = kQuantised ? kTile / 32 * 17 : kTile;
   static constexpr int kOfWarp = kUnits * kUnit + (kQuantised ? kTile : 0);
   static constexpr int kBytes = 2 * (kWarps * kOfWarp + kRows * kDim) + 4 * (kWarps * kDim + 3 * kWarps * kRows);
 };
 
-// One warp's way through its units, in the order keys, values, keys, ...
+// One warp's way through its units: all pieces of 16 keys, all of their values, then of the next keys, ...
 template <int kDim, bool kQuantised>
 class Units {
   using Sizes = Ring<kDim, kQuantised>;
+  static constexpr int kColumns = Sizes::kColumns, kOfStep = 2 * Sizes::kPieces;
 
  public:
   __device__ Units(const PagedAttention& p, const Shared<uint16_t>& ring, const int32_t* table, int kv_head, int first,
@@ -75,14 +80,15 @@ class Units {
 
   // Loads the next unit, if there is one, into the slot that was read longest ago.
   __device__ __forceinline__ void fetch() {
-    const int key = first_ + fetched_ / 2 * kPageSize + warp_index() * kUnitRows;
+    const int step = fetched_ / kOfStep, piece = fetched_ % kOfStep;
+    const int key = first_ + step * kPageSize + warp_index() * kUnitRows;
     if (key < last_) {
-      const int nth = fetched_ / 2 % kWarpSize;
-      if (nth == 0 && fetched_ % 2 == 0) {  // the ids of 32 pages at once, one in each lane
+      if (piece == 0 && step % kWarpSize == 0) {  // the ids of 32 pages at once, one in each lane
         const int page = key / kPageSize + lane_index();
         pages_ = page * kPageSize < last_ ? table_[page] : 0;
       }
-      copy(shuffle(pages_, nth), fetched_ % 2 ? p_.v_cache : p_.k_cache, key % kPageSize, key);
+      copy(shuffle(pages_, step % kWarpSize), piece < Sizes::kPieces ? p_.k_cache : p_.v_cache,
+           piece % Sizes::kPieces * kColumns, key);
     }
     copy_async_commit();
     ++fetched_;
@@ -103,10 +109,10 @@ class Units {
   }
 
  private:
-  static constexpr int kRowsAtOnce = kWarpSize / (kDim / 8);  // of a tile, eight elements a lane
+  static constexpr int kRowsAtOnce = kWarpSize / (kColumns / 8);  // of a tile, eight elements a lane
 
-  __device__ __forceinline__ void copy(int64_t page, const void* cache, int offset, int key) {
-    const int at = fetch_slot_ * Sizes::kUnit;
+  __device__ __forceinline__ void copy(int64_t page, const void* cache, int first_column, int key) {
+    const int at = fetch_slot_ * Sizes::kUnit, offset = key % kPageSize;
     if constexpr (kQuantised) {
       const int8_t* codes = page_codes(p_, cache, page, kv_head_);
       const int8_t* scales = codes + kPageSize * p_.head_dim + offset * (p_.head_dim / 16);
@@ -115,12 +121,13 @@ class Units {
       for (int i = lane_index(); i < p_.head_dim / 16; i += kWarpSize)
         copy_async<Eight>(ring_, at + 8 * (p_.head_dim + i), scales + 16 * i);
     } else {
-      const int column = lane_index() % (kDim / 8) * 8, first = lane_index() / (kDim / 8);
-      const int rows = column < p_.head_dim ? last_ - key : 0;
-      const uint16_t* from = page_numbers(p_, cache, page, kv_head_) + (offset + first) * p_.head_dim + column;
+      const int column = lane_index() % (kColumns / 8) * 8, first = lane_index() / (kColumns / 8);
+      const int rows = first_column + column < p_.head_dim ? last_ - key : 0;
+      const uint16_t* from =
+          page_numbers(p_, cache, page, kv_head_) + (offset + first) * p_.head_dim + first_column + column;
 #pragma unroll 4
       for (int row = first; row < kUnitRows; row += kRowsAtOnce) {
-        const int place = at + tile_at<kDim>(row, column);
+        const int place = at + tile_at<kColumns>(row, column);
         // What lies behind the last token may be anything, also NaN.
         if (row < rows)
           copy_async<Eight>(ring_, place, from);
@@ -185,8 +192,9 @@ __global__ void __launch_bounds__(kThreads) attend_split(const PagedAttention p)
   };
 
   // Heads made ready, a warp each: the queries, and keys and values of what is new in this split. Those must be written
-  // before they are read with the others.
-  if (new_here == 0) fill_ring();
+  // before they are read with the others; of most splits they are not among the first.
+  const bool may_fill = new_here == 0 || first_new >= first + Sizes::kStepsAhead * kPageSize;
+  if (may_fill) fill_ring();
   const Shared<float> exchange = exchanges + warp * kDim;
 #pragma unroll 1
   for (int task = warp; task < kRows + 2 * new_here; task += kWarps) {
@@ -216,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) attend_split(const PagedAttention p)
     }
   }
   sync_threads();
-  if (new_here > 0) fill_ring();
+  if (!may_fill) fill_ring();
 
   Softmax softmax;
   float context[kDim / 8][4];
@@ -230,18 +238,20 @@ __global__ void __launch_bounds__(kThreads) attend_split(const PagedAttention p)
 
   // Where this lane's rows of fragments begin in the tiles.
   const int query_at = tile_at<kDim>(lane % 16, lane / 16 * 8);
-  const int key_at = tile_at<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+  const int key_at = tile_at<Sizes::kColumns>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+  const int value_at = tile_at<Sizes::kColumns>(lane % 16, lane / 16 * 8);
   const Shared<uint16_t> ring = rings + warp * Sizes::kOfWarp;
 #pragma unroll 1
   for (int key = first + warp * kUnitRows; key < last; key += kPageSize) {
     float scores[2][4] = {};
-    {
+#pragma unroll
+    for (int piece = 0; piece < kDim; piece += Sizes::kColumns) {
       const Shared<uint16_t> keys = ring + units.next(key);
       const int q_at = opaque(query_at), k_at = opaque(key_at);
 #pragma unroll
-      for (int d = 0; d < kDim; d += 16) {
+      for (int d = 0; d < Sizes::kColumns; d += 16) {
         uint32_t q[4], k[4];
-        load_matrices(q, queries, q_at ^ d);
+        load_matrices(q, queries, q_at ^ (piece + d));
         load_matrices(k, keys, k_at ^ d);
         mma_bf16(scores[0], q, {k[0], k[1]});
         mma_bf16(scores[1], q, {k[2], k[3]});
@@ -261,14 +271,17 @@ __global__ void __launch_bounds__(kThreads) attend_split(const PagedAttention p)
     }
     const uint32_t weights[4] = {bfloat16_pair(scores[0][0], scores[0][1]), bfloat16_pair(scores[0][2], scores[0][3]),
                                  bfloat16_pair(scores[1][0], scores[1][1]), bfloat16_pair(scores[1][2], scores[1][3])};
-    const Shared<uint16_t> values = ring + units.next(key);
-    const int v_at = opaque(query_at);
 #pragma unroll
-    for (int d = 0; d < kDim; d += 16) {
-      uint32_t v[4];
-      load_matrices_transposed(v, values, v_at ^ d);
-      mma_bf16(context[d / 8], weights, {v[0], v[1]});
-      mma_bf16(context[d / 8 + 1], weights, {v[2], v[3]});
+    for (int piece = 0; piece < kDim; piece += Sizes::kColumns) {
+      const Shared<uint16_t> values = ring + units.next(key);
+      const int v_at = opaque(value_at);
+#pragma unroll
+      for (int d = 0; d < Sizes::kColumns; d += 16) {
+        uint32_t v[4];
+        load_matrices_transposed(v, values, v_at ^ d);
+        mma_bf16(context[(piece + d) / 8], weights, {v[0], v[1]});
+        mma_bf16(context[(piece + d) / 8 + 1], weights, {v[2], v[3]});
+      }
     }
   }
 

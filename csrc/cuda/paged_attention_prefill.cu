@@ -199,10 +199,12 @@ __global__ void __launch_bounds__(kThreads) attend_tiles(const PagedAttention p,
         }
       }
       const Vector<float, 2> factor = soften(softmax[t], scores[t]);
+      if (ballot(factor[0] != 1.0f || factor[1] != 1.0f)) {  // the maximum seldom changes after the first keys
 #pragma unroll
-      for (int i = 0; i < kDim / 8; ++i)
+        for (int i = 0; i < kDim / 8; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) context[t][i][j] *= factor[j / 2];
+          for (int j = 0; j < 4; ++j) context[t][i][j] *= factor[j / 2];
+      }
     }
 
     copy_async_wait<1>();

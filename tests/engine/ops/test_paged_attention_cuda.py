@@ -157,11 +157,11 @@ def test_queries_of_zero_give_the_mean_of_the_values_seen(
     assert (got - expected).abs().max() <= 2e-6
 
 
-def test_splits_of_more_than_the_least_pages(op: OnDevice) -> None:
-    """16 key-value heads make at most 8 splits: from 1,025 keys on they are of three pages."""
-    lengths = [1024, 1025, 1153]
-    case = make(lengths, heads=(16, 16), head_dim=16)
-    case = replace(case, q_norm=torch.zeros(16))
+@pytest.mark.parametrize(("head_dim", "lengths"), [(16, [1024, 1025, 1153]), (128, [1153])])
+def test_splits_of_more_than_the_least_pages(op: OnDevice, lengths: list[int], head_dim: int) -> None:
+    """16 key-value heads make at most 8 splits: from 1,025 keys on they are of three pages, and the new token is in the last one."""
+    case = make(lengths, heads=(16, 16), head_dim=head_dim)
+    case = replace(case, q_norm=torch.zeros(head_dim))
     got = case.run(op, filled(case, decode(lengths)), decode(lengths))
     expected = case.run(reference, filled(case, decode(lengths)), decode(lengths), compute_dtype=torch.float64)
     assert (got - expected).abs().max() <= 2e-6
