@@ -10,6 +10,7 @@ namespace helexa::cuda {
 namespace {
 
 constexpr int kThreads = 128, kTile = 16;
+static_assert(kTile >= kMaxConvTaps - 1);  // only a sequence's first tile reads its old state
 
 // Tiles of sequence i begin at number begin_i / kTile + i: none too few for any lengths, so a grid of T / kTile + N
 // blocks has them all, and a block finds its sequence without anybody's knowing the lengths beforehand.
@@ -32,9 +33,10 @@ __device__ __forceinline__ void load_inputs(const ConvChannel& channel, int64_t 
                                             float (&inputs)[kTaps - 1 + kTokens]) {
 #pragma unroll
   for (int i = 0; i < kTaps - 1; ++i)
-    inputs[i] = i >= kTaps - channel.taps ? *channel.input(first + i - (kTaps - 1)) : 0.0f;
+    inputs[i] = i >= kTaps - channel.taps ? *channel.input_before(first, i - (kTaps - channel.taps)) : 0.0f;
 #pragma unroll
-  for (int t = 0; t < kTokens; ++t) inputs[kTaps - 1 + t] = t < count ? *channel.input(first + t) : 0.0f;
+  for (int t = 0; t < kTokens; ++t)
+    inputs[kTaps - 1 + t] = t < count ? channel.x[(first + t) * channel.x_stride] : 0.0f;
 }
 
 template <int kTaps>
@@ -57,15 +59,30 @@ __device__ __forceinline__ float convolved(const float (&weights)[kTaps], const 
   return silu(total);
 }
 
+// The state after `length` tokens. Nothing else may read this channel's state any more.
+template <int kTaps>
+__device__ __forceinline__ void update_state(const ConvChannel& channel, int64_t length) {
+  float last[kTaps - 1] = {};
+#pragma unroll
+  for (int i = 0; i < kTaps - 1; ++i)
+    if (i < channel.taps - 1) {
+      const int64_t place = length - (channel.taps - 1) + i;  // below 0 it stays in the state, further to the front
+      last[i] = place >= 0 ? channel.x[place * channel.x_stride] : channel.state[(i + length) * channel.channels];
+    }
+#pragma unroll
+  for (int i = 0; i < kTaps - 1; ++i)
+    if (i < channel.taps - 1) channel.state[i * channel.channels] = last[i];
+}
+
 template <int kTaps>
 __global__ void __launch_bounds__(kThreads) convolve(const CausalConv1d args) {
   const int tile = int(blockIdx.x), c = int(blockIdx.y) * kThreads + int(threadIdx.x);
   const int sequence = sequence_of_tile(args.cu_seqlens, args.num_sequences, tile);
   const int64_t begin = args.cu_seqlens[sequence], length = args.cu_seqlens[sequence + 1] - begin;
+  const int64_t slot = args.state_slots[sequence];
   const int64_t first = (tile - (begin / kTile + sequence)) * kTile;
   if (first >= length || c >= args.channels) return;
   const int count = int(length - first < kTile ? length - first : kTile);
-  const int64_t slot = args.state_slots[sequence];
   const int taps = args.taps;
   const ConvChannel channel{args.x + begin * args.x_stride + c,
                             args.x_stride,

@@ -18,24 +18,12 @@ struct ConvChannel {
   const float* weight;  // [taps]
   int taps;
 
-  // Input of the sequence's token `place`; before the first one, -1 to -(taps - 1), from the state.
-  __device__ __forceinline__ const float* input(int64_t place) const {
-    return place >= 0 ? x + place * x_stride : state + (taps - 1 + place) * channels;
+  // The i-th of the taps - 1 inputs before token `first`, which is 0 or at least taps - 1: all from one place.
+  __device__ __forceinline__ const float* input_before(int64_t first, int i) const {
+    return first == 0 ? state + i * channels : x + (first - (taps - 1) + i) * x_stride;
   }
 };
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
-// The state after `length` tokens. Nothing else may read this channel's state any more.
-template <int kTaps>
-__device__ __forceinline__ void update_state(const ConvChannel& channel, int64_t length) {
-  float last[kTaps - 1];
-#pragma unroll
-  for (int i = 0; i < kTaps - 1; ++i)
-    last[i] = i < channel.taps - 1 ? *channel.input(length - (channel.taps - 1) + i) : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kTaps - 1; ++i)
-    if (i < channel.taps - 1) channel.state[i * channel.channels] = last[i];
-}
 
 }  // namespace helexa::cuda

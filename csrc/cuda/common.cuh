@@ -138,6 +138,14 @@ inline T load_fresh(const T* address) {
 }
 // What this thread wrote to global memory before is seen by every block that sees what it writes afterwards.
 inline void fence_device() {}
+// Counts an arrival of `most` at a counter in global memory: how many came before. The last one sets it back to 0.
+// Whoever comes later, and then passes a fence, finds done what this thread did before, and what others of its block
+// did before a barrier. Nothing waits until the result is used.
+inline int arrive(int32_t* counter, int most) {
+  const int before = *counter;
+  *counter = before >= most - 1 ? 0 : before + 1;
+  return before;
+}
 
 // Copies sizeof(V) bytes (4, 8 or 16) into shared memory; they are there when their group is waited for.
 template <class V, class T>
@@ -349,6 +357,11 @@ __device__ __forceinline__ T load_fresh(const T* address) {
   return __ldcg(address);
 }
 __device__ __forceinline__ void fence_device() { __threadfence(); }
+__device__ __forceinline__ int arrive(int32_t* counter, int most) {
+  uint32_t before;  // not by an addition: the compiler would add for a whole warp, and wait
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(most - 1) : "memory");
+  return int(before);
+}
 
 template <class V, class T>
 __device__ __forceinline__ void copy_async(T* array, int64_t index, const void* source) {

@@ -31,20 +31,22 @@ using Float4 = Vector<float, 4>;
 // log(1 + e^x), neither overflowing for large x nor losing small ones.
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
-// kWhole: heads of 128 dimensions, as every released model has.
-template <bool kWhole>
+// kTaps 1 is for no convolution in front and 4 for one of four taps, both for heads of 128 dimensions, as every
+// released model has; 0 is for the rest.
+template <int kTaps>
 __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args) {
   const int head = int(blockIdx.x), sequence = int(blockIdx.y), lane = lane_index(), warp = warp_index();
-  const int head_k_dim = kWhole ? kDim : args.head_k_dim, head_v_dim = kWhole ? kDim : args.head_v_dim;
-  const int key_head = args.tiled ? head % args.num_k_heads : head / (args.num_v_heads / args.num_k_heads);
   const int64_t begin = args.cu_seqlens[sequence], end = args.cu_seqlens[sequence + 1];
+  const int64_t slot = args.state_slots[sequence];
   int64_t first = begin;
   if (args.chunk > 0) {
     const int64_t rest = (end - begin) % args.chunk;
     first = end - (rest < args.chunk_from ? rest : 0);
   }
   if (first >= end) return;
-  const int64_t slot = args.state_slots[sequence];
+  const int head_k_dim = kTaps ? kDim : args.head_k_dim, head_v_dim = kTaps ? kDim : args.head_v_dim;
+  const bool convolves = kTaps ? kTaps > 1 : args.conv_weight != nullptr;
+  const int taps = kTaps ? kTaps : convolves ? args.taps : 1;
 
   const int row_lane = lane / 4, column = 16 * warp + 4 * (lane % 4);
   float* const state =
@@ -58,8 +60,8 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
                     ? load_global<Float4>(state + int64_t(32 * i + j) * head_v_dim)
                     : Float4{};
 
-  // Column `column` of shared memory: one of q (part 0), k (1) or v (2).
-  const int taps = args.conv_weight ? args.taps : 1;
+  // Column `at` of shared memory: one of q (part 0), k (1) or v (2).
+  const int key_head = args.tiled ? head % args.num_k_heads : head / (args.num_v_heads / args.num_k_heads);
   const int64_t channels = 2 * int64_t(args.num_k_heads) * head_k_dim + int64_t(args.num_v_heads) * head_v_dim;
   const auto is_channel = [&](int at) { return at % kDim < (at < 2 * kDim ? head_k_dim : head_v_dim); };
   const auto channel_at = [&](int at) {
@@ -85,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
   const Shared<int> arrived = arena.take<int>(1);                // heads of this key head that came before
   const int sharers = args.num_v_heads / args.num_k_heads;
   int32_t* const arrivals =
-      args.conv_weight && sharers > 1 ? args.arrivals + int64_t(sequence) * args.num_k_heads + key_head : nullptr;
+      convolves && sharers > 1 ? args.arrivals + int64_t(sequence) * args.num_k_heads + key_head : nullptr;
   const bool counts = arrivals && threadIdx.x == kThreads - 1;
 
   for (int64_t group = first; group < end; group += kTokens) {
@@ -107,10 +109,16 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
     for (int at = int(threadIdx.x); at < kColumns; at += kThreads) {
       if (!is_channel(at)) continue;
       const ConvChannel channel = channel_at(at);
-      for (int row = 0; row < taps - 1 + count; ++row)
-        copy_async<float>(vectors, row * kColumns + at, channel.input(group - begin + row - (taps - 1)));
-      if (args.conv_weight)
+#pragma unroll
+      for (int i = 0; i < taps - 1; ++i)
+        copy_async<float>(vectors, i * kColumns + at, channel.input_before(group - begin, i));
+#pragma unroll 1
+      for (int t = 0; t < count; ++t)
+        copy_async<float>(vectors, (taps - 1 + t) * kColumns + at, channel.x + (group - begin + t) * channel.x_stride);
+      if (convolves) {
+#pragma unroll
         for (int j = 0; j < taps; ++j) copy_async<float>(weights, j * kColumns + at, channel.weight + j);
+      }
     }
     copy_async_commit();
     if (has_token) {
@@ -123,10 +131,13 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
     copy_async_wait<1>();
 #pragma unroll 1
     for (int at = int(threadIdx.x); at < kColumns; at += kThreads) {
+      const bool exists = is_channel(at);
+      if (exists && !convolves) continue;
+#pragma unroll 1
       for (int t = 0; t < count; ++t) {
         float value = 0.0f;
-        if (is_channel(at)) {
-          if (!args.conv_weight) break;
+        if (exists && convolves) {
+#pragma unroll
           for (int j = 0; j < taps; ++j)
             value = fmaf(weights[j * kColumns + at], vectors[(t + j) * kColumns + at], value);
           value = silu(value);
@@ -138,10 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
 
     // Every thread of this block has used its part of the convolution's old state. The last warp has the least to do.
     int before = 0;
-    if (counts && group == first) {
-      fence_device();
-      before = add_atomic(arrivals, 0, 1);
-    }
+    if (counts && group == first) before = arrive(arrivals, sharers);
 
     if (has_token) {
       Float4 query = load_shared<Float4>(q, warp * kColumns + 4 * lane),
@@ -153,17 +161,15 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
         kk += key[j] * key[j];
         qk += query[j] * key[j];
       }
+      decay = expf(coefficient * softplus(decay));
+      beta = 1.0f / (1.0f + expf(-beta));
       qq = warp_sum(qq), kk = warp_sum(kk), qk = warp_sum(qk);
       const float q_factor = 1.0f / (sqrtf(qq + 1e-6f) * sqrtf(float(head_k_dim))), k_factor = 1.0f / sqrtf(kk + 1e-6f);
 #pragma unroll
       for (int j = 0; j < 4; ++j) query[j] *= q_factor, key[j] *= k_factor;
       store_shared(q, warp * kColumns + 4 * lane, query);
       store_shared(k, warp * kColumns + 4 * lane, key);
-      if (lane == 0) {
-        decay = expf(coefficient * softplus(decay));
-        beta = 1.0f / (1.0f + expf(-beta));
-        store_shared(factors, 4 * warp, Float4{{decay, beta, qk * q_factor * k_factor, 0.0f}});
-      }
+      if (lane == 0) store_shared(factors, 4 * warp, Float4{{decay, beta, qk * q_factor * k_factor, 0.0f}});
     }
     sync_threads();
 
@@ -211,6 +217,10 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
 #pragma unroll
           for (int c = 0; c < 4; ++c) s[i][j][c] = factor[0] * s[i][j][c] + keys[i][j] * deltas[c];
     }
+    if (counts && group == first) {
+      fence_device();  // before the state's stores, which it would wait for
+      arrived[0] = before;
+    }
     if (group + kTokens >= end) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i)
@@ -218,10 +228,6 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
         for (int j = 0; j < 4; ++j)
           if (32 * i + 4 * row_lane + j < head_k_dim && column < head_v_dim)
             store_global(state + int64_t(32 * i + j) * head_v_dim, s[i][j]);
-    }
-    if (counts && group == first) {
-      fence_device();
-      arrived[0] = before;
     }
     copy_async_wait<0>();
     sync_threads();
@@ -241,14 +247,18 @@ __global__ void __launch_bounds__(kThreads, 2) advance(const GatedDeltaRule args
           out[lane + 32 * i] =
               values[i] * factor * norm_weight[lane + 32 * i] * silu(gates[warp * kDim + lane + 32 * i]);
     }
-  }
 
-  if (!args.conv_weight) return;
-  const bool is_last = !arrivals || arrived[0] == sharers - 1;
+    if (!convolves || group + kTokens < end) continue;
+    // Behind the tokens' rows are the last inputs as they were: the convolution's new state.
+    const bool is_last = !arrivals || arrived[0] == sharers - 1;
 #pragma unroll 1
-  for (int at = int(threadIdx.x); at < kColumns; at += kThreads)
-    if (is_channel(at) && (at >= 2 * kDim || is_last)) update_state<kMaxConvTaps>(channel_at(at), end - begin);
-  if (counts && is_last) *arrivals = 0;
+    for (int at = int(threadIdx.x); at < kColumns; at += kThreads) {
+      if (!is_channel(at) || (at < 2 * kDim && !is_last)) continue;
+      float* const conv_state = channel_at(at).state;
+#pragma unroll
+      for (int i = 0; i < taps - 1; ++i) conv_state[i * channels] = vectors[(count + i) * kColumns + at];
+    }
+  }
 }
 
 }  // namespace
@@ -274,10 +284,13 @@ void gated_delta_rule(const GatedDeltaRule& args, Stream stream) {
   const int taps = args.conv_weight ? args.taps : 1;
   const size_t floats = size_t(2 * taps - 1 + kTokens) * kColumns + (kTokens + 1) * kDim + 4 * kTokens;
   const size_t shared_bytes = floats * sizeof(float) + sizeof(int);
-  if (args.head_k_dim == kDim && args.head_v_dim == kDim)
-    launch<advance<true>>(f, grid, kThreads, shared_bytes, stream, args);
+  const bool released = args.head_k_dim == kDim && args.head_v_dim == kDim;
+  if (released && !args.conv_weight)
+    launch<advance<1>>(f, grid, kThreads, shared_bytes, stream, args);
+  else if (released && taps == 4)
+    launch<advance<4>>(f, grid, kThreads, shared_bytes, stream, args);
   else
-    launch<advance<false>>(f, grid, kThreads, shared_bytes, stream, args);
+    launch<advance<0>>(f, grid, kThreads, shared_bytes, stream, args);
 }
 
 }  // namespace helexa::cuda
