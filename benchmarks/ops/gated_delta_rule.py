@@ -13,6 +13,10 @@ larger than the caches. Token by token is the same op called with pieces too sho
 
 On a card one token is the whole decode step of the mixer, its convolution included, and more are a prompt; ``microseconds`` is what goals
 are set for.
+
+    python -m benchmarks.ops.gated_delta_rule --tune    # on a card: the fastest tiles of ops/gated_delta_rule/triton.py
+
+searches (``gated_delta_tuning.py``) and writes the card's row into ``tuning.json``, to be committed.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ from pathlib import Path
 import torch
 
 from helexa_engine.cli import machine
-from helexa_engine.ops.gated_delta_rule import gated_delta_rule, native
+from helexa_engine.ops.gated_delta_rule import gated_delta_rule, native, tuning
 from helexa_engine.ops.registry import require_native
 
+from . import gated_delta_tuning
 from .place import Place, add_arguments, place
 from .roofline import print_row
 
@@ -119,10 +124,17 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512])
     parser.add_argument("--repeats", type=int, default=9)
     add_arguments(parser)
+    parser.add_argument("--tune", action="store_true", help="search for this card's tiles, with the last pair of heads")
+    parser.add_argument("--table", type=Path, default=tuning.TABLE, help="where --tune puts its row")
     arguments = parser.parse_args()
     if len(arguments.heads) % 2:
         parser.error("argument --heads: expected pairs of key heads and value heads")
     pairs = list(zip(arguments.heads[::2], arguments.heads[1::2], strict=True))
+    if arguments.tune:
+        if not torch.cuda.is_available():
+            parser.error("argument --tune: expected a CUDA device, there is none")
+        tune(arguments.table, *pairs[-1], max(arguments.tokens[0], 4096))
+        return
     if arguments.device == "cuda":
         where = place("cuda")
         for (num_k_heads, num_v_heads), tokens in itertools.product(pairs, arguments.tokens):
@@ -161,6 +173,22 @@ def main() -> None:
                     median,
                     medians["recurrent"],
                 )
+
+
+def tune(table: Path, num_k_heads: int, num_v_heads: int, tokens: int) -> None:
+    """Searches on the first card and writes its row."""
+    prompt = gated_delta_tuning.Prompt(num_k_heads, num_v_heads, HEAD_DIM, HEAD_DIM, tokens)
+    found, seconds = gated_delta_tuning.search(HEAD_DIM, prompt.time_solve, prompt.time_advance)
+    major, minor = torch.cuda.get_device_capability()
+    measured = {
+        "device": torch.cuda.get_device_name(),
+        "heads": f"{num_k_heads} k, {num_v_heads} v",
+        "tokens": tokens,
+        "microseconds": round(seconds * 1e6, 1),
+        "commit": machine.commit(),
+    }
+    gated_delta_tuning.write_row(table, f"sm_{major}{minor}", HEAD_DIM, HEAD_DIM, found, measured)
+    print(json.dumps(tuning.to_row(found) | {"measured": measured}), flush=True)
 
 
 def report(

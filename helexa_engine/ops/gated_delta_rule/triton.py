@@ -10,13 +10,14 @@ interpreter; never run on a card yet."""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..packed_sequences import row_stride
-from .tuning import Tuning, tuning_for
+from .tuning import Tile, Tuning, tuning_for
 
 OP = "gated_delta_rule"
 CHUNK_FROM = 16  # a shorter rest goes token by token
@@ -289,24 +290,54 @@ def _tuning(recurrent_state: torch.Tensor) -> Tuning:
 
 def _advance(inputs, recurrent_state, state_slots, cu_seqlens, out, heads, tuning) -> bool:
     """The chunk form, into ``out`` before its norm; False where there are too few tokens for a chunk."""
-    (num_k_heads, num_v_heads, tiled), qkv = heads, inputs[0]
-    num_tokens, num_sequences = qkv.shape[0], state_slots.shape[0]
-    head_k_dim, head_v_dim = recurrent_state.shape[2:]
-    if num_tokens < CHUNK_FROM:
+    if inputs[0].shape[0] < CHUNK_FROM:
         return False
-    solutions, scores = qkv.new_empty((2, num_tokens, num_v_heads, tuning.chunk))
-    factors = qkv.new_empty((num_tokens, num_v_heads, 4))
-    constants = {
-        "K": num_k_heads, "V": num_v_heads, "DK": head_k_dim, "TILED": tiled, "CHUNK": tuning.chunk, "CHUNK_FROM": CHUNK_FROM,
-    }  # fmt: skip
-    _solve_chunks[(num_tokens // tuning.chunk + num_sequences, num_v_heads)](
-        *inputs, cu_seqlens, num_sequences, solutions, scores, factors, **constants, **_options(tuning.solve)
+    head_k_dim, head_v_dim = recurrent_state.shape[2:]
+    _, solved = solve(inputs, cu_seqlens, heads, head_k_dim, tuning.chunk, tuning.solve)
+    advance(
+        inputs,
+        solved,
+        recurrent_state,
+        state_slots,
+        cu_seqlens,
+        out,
+        heads,
+        tuning.chunk,
+        tuning.block_v,
+        tuning.advance,
     )
-    _advance_chunks[(num_sequences, num_v_heads, triton.cdiv(head_v_dim, tuning.block_v))](
-        *inputs[:2], solutions, scores, factors, recurrent_state, state_slots, cu_seqlens, out,
-        **constants, DV=head_v_dim, BLOCK_V=tuning.block_v, **_options(tuning.advance),
-    )  # fmt: skip
     return True
+
+
+def solve(inputs, cu_seqlens, heads, head_k_dim: int, chunk: int, tile: Tile) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """Of all chunks at once what no state takes part in: the kernel that was compiled, and (solutions, scores, factors).
+
+    Args:
+        inputs: the kernel's first arguments.
+        heads: (num_k_heads, num_v_heads, tiled).
+    """
+    (num_k_heads, num_v_heads, tiled), qkv = heads, inputs[0]
+    num_tokens, num_sequences = qkv.shape[0], cu_seqlens.shape[0] - 1
+    solutions, scores = qkv.new_empty((2, num_tokens, num_v_heads, chunk))
+    factors = qkv.new_empty((num_tokens, num_v_heads, 4))
+    compiled = _solve_chunks[(num_tokens // chunk + num_sequences, num_v_heads)](
+        *inputs, cu_seqlens, num_sequences, solutions, scores, factors,
+        K=num_k_heads, V=num_v_heads, DK=head_k_dim, TILED=tiled, CHUNK=chunk, CHUNK_FROM=CHUNK_FROM, **_options(tile),
+    )  # fmt: skip
+    return compiled, (solutions, scores, factors)
+
+
+def advance(
+    inputs, solved, recurrent_state, state_slots, cu_seqlens, out, heads, chunk: int, block_v: int, tile: Tile
+) -> Any:
+    """The states from chunk to chunk, and the outputs before their norm, from what :func:`solve` gives; returns the kernel that was
+    compiled."""
+    (num_k_heads, num_v_heads, tiled), (head_k_dim, head_v_dim) = heads, recurrent_state.shape[2:]
+    return _advance_chunks[(state_slots.shape[0], num_v_heads, triton.cdiv(head_v_dim, block_v))](
+        *inputs[:2], *solved, recurrent_state, state_slots, cu_seqlens, out,
+        K=num_k_heads, V=num_v_heads, DK=head_k_dim, DV=head_v_dim, TILED=tiled, CHUNK=chunk, CHUNK_FROM=CHUNK_FROM,
+        BLOCK_V=block_v, **_options(tile),
+    )  # fmt: skip
 
 
 def _options(tile) -> dict[str, int]:
