@@ -2,12 +2,15 @@
 
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "../check.h"
 #include "argmax.h"
 #include "causal_conv1d.h"
 #include "cuda_error.h"
 #include "dequantize.h"
 #include "gated_delta_rule.h"
+#include "moe_matmul.h"
 #include "moe_router.h"
 #include "paged_attention.h"
 #include "sample.h"
@@ -33,6 +36,18 @@ T* pointer(uintptr_t address, const char* function, const char* argument) {
 template <class T>
 T* optional(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// ExpertStack as a tuple: number of the type, addresses of the planes and of the scales, rows, cols.
+using StackTuple = std::tuple<int, uintptr_t, uintptr_t, int64_t, int64_t>;
+using StacksTuple = std::tuple<StackTuple, StackTuple, StackTuple>;  // gate, up, down
+
+ExpertStack expert_stack(const StackTuple& stack) {
+  const auto [type, planes, scales, rows, cols] = stack;
+  return {type, optional<const void>(planes), rows, cols, optional<const float>(scales)};
+}
+ExpertStacks expert_stacks(const StacksTuple& stacks) {
+  return {expert_stack(std::get<0>(stacks)), expert_stack(std::get<1>(stacks)), expert_stack(std::get<2>(stacks))};
 }
 
 // CudaError in Python: a RuntimeError with the attribute `code`. Each of the two modules has one of its own.
@@ -92,7 +107,8 @@ void bind(py::module_& module) {
       "moe_router",
       [](uintptr_t x, int64_t rows, int64_t cols, uintptr_t norm_weight, float norm_eps, uintptr_t weight,
          int num_experts, bool shared, int top_k, bool norm_topk_prob, uintptr_t ticket, uintptr_t logits,
-         uintptr_t normed, uintptr_t normed_bf16, uintptr_t chosen, uintptr_t weights, Stream stream) {
+         uintptr_t normed, uintptr_t normed_bf16, uintptr_t codes, uintptr_t scales, uintptr_t chosen,
+         uintptr_t weights, Stream stream) {
         constexpr const char* f = "moe_router";
         MoeRouter call;
         call.x = pointer<const float>(x, f, "x"), call.rows = rows, call.cols = cols;
@@ -104,14 +120,16 @@ void bind(py::module_& module) {
         call.logits = pointer<float>(logits, f, "logits");
         call.normed = pointer<float>(normed, f, "normed");
         call.normed_bf16 = optional<uint16_t>(normed_bf16);
+        call.codes = optional<uint8_t>(codes), call.scales = codes ? pointer<float>(scales, f, "scales") : nullptr;
         call.chosen = pointer<int32_t>(chosen, f, "chosen");
         call.weights = pointer<float>(weights, f, "weights");
         moe_router(call, stream);
       },
       py::arg("x"), py::arg("rows"), py::arg("cols"), py::arg("norm_weight"), py::arg("norm_eps"), py::arg("weight"),
       py::arg("num_experts"), py::arg("shared"), py::arg("top_k"), py::arg("norm_topk_prob"), py::arg("ticket"),
-      py::arg("logits"), py::arg("normed"), py::arg("normed_bf16"), py::arg("chosen"), py::arg("weights"),
-      py::arg("stream") = 0, "Each row's experts, ascending, and their weights; norm_weight and normed_bf16 may be 0.");
+      py::arg("logits"), py::arg("normed"), py::arg("normed_bf16"), py::arg("codes"), py::arg("scales"),
+      py::arg("chosen"), py::arg("weights"), py::arg("stream") = 0,
+      "Each row's experts, ascending, and their weights; norm_weight, normed_bf16 and codes may be 0.");
   module.def(
       "moe_group",
       [](uintptr_t chosen, int64_t pairs, int num_experts, int tile_rows, uintptr_t pair, uintptr_t place,
@@ -325,6 +343,30 @@ void bind(py::module_& module) {
       py::arg("quantised"), py::arg("gated"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
       py::arg("scale"), py::arg("ctx"), py::arg("num_tokens"), py::arg("workspace"), py::arg("stream") = 0,
       "See ops/paged_attention/cuda.py; a workspace of 0 bytes may have the address 0.");
+  module.def(
+      "moe_matmul_few",
+      [](uintptr_t x, int64_t rows, int num_experts, int top_k, const StacksTuple& experts, const StacksTuple& shared,
+         uintptr_t chosen, uintptr_t weights, uintptr_t normed, uintptr_t codes, uintptr_t scales, uintptr_t hidden,
+         uintptr_t hidden_codes, uintptr_t hidden_scales, Stream stream) {
+        constexpr const char* f = "moe_matmul_few";
+        MoeFew call;
+        call.moe.x = pointer<float>(x, f, "x"), call.moe.rows = rows;
+        call.moe.num_experts = num_experts, call.moe.top_k = top_k;
+        call.moe.routed = expert_stacks(experts), call.moe.shared = expert_stacks(shared);
+        call.moe.chosen = pointer<const int32_t>(chosen, f, "chosen");
+        call.moe.weights = pointer<const float>(weights, f, "weights");
+        call.normed = pointer<const float>(normed, f, "normed");
+        call.codes = pointer<const uint8_t>(codes, f, "codes");
+        call.scales = pointer<const float>(scales, f, "scales");
+        call.hidden = pointer<float>(hidden, f, "hidden");
+        call.hidden_codes = pointer<uint8_t>(hidden_codes, f, "hidden_codes");
+        call.hidden_scales = pointer<float>(hidden_scales, f, "hidden_scales");
+        moe_matmul_few(call, stream);
+      },
+      py::arg("x"), py::arg("rows"), py::arg("num_experts"), py::arg("top_k"), py::arg("experts"), py::arg("shared"),
+      py::arg("chosen"), py::arg("weights"), py::arg("normed"), py::arg("codes"), py::arg("scales"), py::arg("hidden"),
+      py::arg("hidden_codes"), py::arg("hidden_scales"), py::arg("stream") = 0,
+      "Adds to up to eight rows of x what their experts give; shared's addresses are 0 without a shared expert.");
 }
 
 }  // namespace helexa::cuda

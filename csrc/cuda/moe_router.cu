@@ -5,6 +5,8 @@
 // Nothing here may be rounded to fewer bits than float32: one flipped expert changes a token more than all products.
 #include "common.cuh"
 #include "moe_router.h"
+#include "order.cuh"
+#include "quantised_rows.cuh"
 // Behind common.cuh.
 #include "../check.h"
 
@@ -41,27 +43,23 @@ __device__ __forceinline__ void add_products(float& sum, const Float4& a, const 
 }
 
 __device__ __forceinline__ void store_normalised(const MoeRouter& call, int64_t row, float scale) {
-  const float* x = call.x + row * call.cols;
-  for (int64_t at = 4 * lane_index(); at < call.cols; at += kStep) {
-    const Float4 part = normalised(load_global<Float4>(x + at), load_norm_weight(call.norm_weight, at), scale);
-    store_global(call.normed + row * call.cols + at, part);
-    if (call.normed_bf16) {
+  const int64_t first = row * call.cols;
+  for (int64_t from = 0; from < call.cols; from += kStep) {
+    const int64_t at = from + 4 * lane_index();
+    const bool holds = at < call.cols;
+    Float4 part = {};
+    if (holds) {
+      part = normalised(load_global<Float4>(call.x + first + at), load_norm_weight(call.norm_weight, at), scale);
+      store_global(call.normed + first + at, part);
+    }
+    if (call.normed_bf16 && holds) {
       Vector<uint16_t, 4> rounded;
 #pragma unroll
       for (int i = 0; i < 4; ++i) rounded[i] = bfloat16_from_float(part[i]);
-      store_global(call.normed_bf16 + row * call.cols + at, rounded);
+      store_global(call.normed_bf16 + first + at, rounded);
     }
+    if (call.codes) store_quantised(part, holds, call.codes, call.scales, first + at);
   }
-}
-
-// Floats as integers of the same order; NaN is above or below all others, by its sign. Never 0.
-__device__ __forceinline__ uint32_t ordered(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value + 0.0f);  // -0 is 0
-  const uint32_t key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return key ? key : 1;
-}
-__device__ __forceinline__ float from_ordered(uint32_t key) {
-  return bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
 // One row's choice, by one warp.
@@ -73,7 +71,7 @@ __device__ __forceinline__ void choose_row(const MoeRouter& call, int64_t row) {
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * kWarpSize + lane;
-    keys[i] = expert < call.num_experts ? ordered(load_fresh(logits + expert)) : 0;
+    keys[i] = expert < call.num_experts ? order_of(load_fresh(logits + expert)) : 0;
   }
   float largest = 0, all = 0, logit = 0;  // `logit` and `mine` are those of rank `lane`
   int mine = 0;
@@ -87,13 +85,13 @@ __device__ __forceinline__ void choose_row(const MoeRouter& call, int64_t row) {
     // The lowest index among equals: the largest of the indices' complements.
     const int winner = int(~warp_max(best == top ? ~uint32_t(at * kWarpSize + lane) : 0u));
     if (rank == 0) {
-      largest = from_ordered(top);
+      largest = value_of(top);
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (keys[i]) all += expf(from_ordered(keys[i]) - largest);
+        if (keys[i]) all += expf(value_of(keys[i]) - largest);
       all = warp_sum(all);
     }
-    if (lane == rank) mine = winner, logit = from_ordered(top);
+    if (lane == rank) mine = winner, logit = value_of(top);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
       if (winner == i * kWarpSize + lane) keys[i] = 0;
@@ -286,7 +284,7 @@ void launch_logits(const MoeRouter& call, Stream stream) {
 void moe_router(const MoeRouter& call, Stream stream) {
   constexpr const char* f = "moe_router";
   check(call.rows >= 0, f, "rows", "0 or more", call.rows);
-  check(call.cols > 0 && call.cols % 4 == 0 && call.cols <= 1 << 20, f, "cols", "a multiple of 4 up to 2^20",
+  check(call.cols > 0 && call.cols % 32 == 0 && call.cols <= 1 << 20, f, "cols", "a multiple of 32 up to 2^20",
         call.cols);
   check(call.num_experts >= 1 && call.num_experts <= kMostExperts, f, "num_experts", "1 to 512", call.num_experts);
   const int most = call.num_experts < kMostTopK ? call.num_experts : kMostTopK;

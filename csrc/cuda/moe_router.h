@@ -13,7 +13,7 @@ constexpr int kMostExperts = 512, kMostTopK = 16;
 // index first. All arrays lie on the device, rows one behind the other.
 struct MoeRouter {
   const float* x;            // [rows, cols]
-  int64_t rows, cols;        // cols a multiple of 4
+  int64_t rows, cols;        // cols a multiple of 32
   const float* norm_weight;  // [cols], of an RMSNorm; null without one
   float norm_eps;
   const float* weight;  // [num_experts, cols], and with a shared expert its gate as one more row
@@ -23,6 +23,8 @@ struct MoeRouter {
   float* logits;          // [rows, num_experts + shared]
   float* normed;          // [rows, cols]
   uint16_t* normed_bf16;  // the same as bfloat16, or null
+  uint8_t* codes;         // the same as int8 with scales as quantised_rows.cuh says, or null
+  float* scales;          // [rows, cols / 16, 2]
   int32_t* chosen;        // [rows, top_k] in ascending order
   float* weights;  // [rows, top_k + shared] in the order of `chosen`, then the sigmoid of the shared gate's logit
 };

@@ -17,6 +17,16 @@
 
 namespace helexa::cuda {
 
+// visit_type for a kernel whose matrices are of several types.
+template <class Visit>
+__device__ __forceinline__ bool visit_type_here(QuantType type, const Visit& visit) {
+  switch (type) {
+    HELEXA_PLANE_TYPES(HELEXA_VISIT)
+    default:
+      return false;
+  }
+}
+
 using Words = Vector<uint32_t, 4>;
 
 struct Segment {

@@ -187,44 +187,24 @@ inline WeightPlanes weight_planes(QuantType type, const void* planes, int64_t ro
   return result;
 }
 
+// Every type that is kept in planes.
+// clang-format off
+#define HELEXA_PLANE_TYPES(X)                                                                                 \
+  X(F32) X(F16) X(BF16) X(I8) X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q1_0)                                 \
+  X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(TQ1_0) X(TQ2_0) X(IQ4_NL) X(IQ4_XS)                               \
+  X(IQ3_S) X(IQ3_XXS) X(IQ2_S) X(IQ2_XS) X(IQ2_XXS) X(IQ1_S) X(IQ1_M) X(MXFP4) X(NVFP4)
+// clang-format on
+
 // Calls `visit` with std::integral_constant<QuantType, type>, so that code can be compiled for each type that is kept
-// in planes. False: `type` is none of them.
-template <class Visit>
-bool visit_type(QuantType type, const Visit& visit) {
-  switch (type) {
+// in planes. False: `type` is none of them. quant_planes.cuh has the same for kernels.
 #define HELEXA_VISIT(name)                                       \
   case QuantType::name:                                          \
     visit(std::integral_constant<QuantType, QuantType::name>()); \
     return true;
-    HELEXA_VISIT(F32)
-    HELEXA_VISIT(F16)
-    HELEXA_VISIT(BF16)
-    HELEXA_VISIT(I8)
-    HELEXA_VISIT(Q4_0)
-    HELEXA_VISIT(Q4_1)
-    HELEXA_VISIT(Q5_0)
-    HELEXA_VISIT(Q5_1)
-    HELEXA_VISIT(Q8_0)
-    HELEXA_VISIT(Q1_0)
-    HELEXA_VISIT(Q2_K)
-    HELEXA_VISIT(Q3_K)
-    HELEXA_VISIT(Q4_K)
-    HELEXA_VISIT(Q5_K)
-    HELEXA_VISIT(Q6_K)
-    HELEXA_VISIT(TQ1_0)
-    HELEXA_VISIT(TQ2_0)
-    HELEXA_VISIT(IQ4_NL)
-    HELEXA_VISIT(IQ4_XS)
-    HELEXA_VISIT(IQ3_S)
-    HELEXA_VISIT(IQ3_XXS)
-    HELEXA_VISIT(IQ2_S)
-    HELEXA_VISIT(IQ2_XS)
-    HELEXA_VISIT(IQ2_XXS)
-    HELEXA_VISIT(IQ1_S)
-    HELEXA_VISIT(IQ1_M)
-    HELEXA_VISIT(MXFP4)
-    HELEXA_VISIT(NVFP4)
-#undef HELEXA_VISIT
+template <class Visit>
+bool visit_type(QuantType type, const Visit& visit) {
+  switch (type) {
+    HELEXA_PLANE_TYPES(HELEXA_VISIT)
     default:
       return false;
   }

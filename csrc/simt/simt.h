@@ -30,6 +30,7 @@ struct dim3 {
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace helexa::simt {
 

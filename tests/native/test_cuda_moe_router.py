@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helexa_engine.ops.moe_matmul.reference import route
-from helexa_engine.ops.quant_matmul.reference import rms_norm
+from helexa_engine.ops.quant_matmul.reference import quantized_activations, rms_norm
 
 EPS = 1e-6
 
@@ -19,6 +19,8 @@ class Routed:
     logits: np.ndarray
     normed: np.ndarray
     bf16: np.ndarray
+    codes: np.ndarray
+    scales: np.ndarray
     chosen: np.ndarray
     weights: np.ndarray
     ticket: np.ndarray
@@ -40,6 +42,7 @@ def run(
     nans = lambda *shape: core.put(np.full(shape, np.nan, np.float32))  # noqa: E731
     ticket, logits, normed = core.put(np.zeros(1, np.uint32)), nans(rows, width), nans(rows, cols)
     bf16 = core.put(np.full((rows, cols), 0xFFFF, np.uint16))
+    codes, scales = core.put(np.full((rows, cols), -128, np.int8)), nans(rows, cols // 16, 2)
     chosen, weights = core.put(np.full((rows, top_k), -1, np.int32)), nans(rows, top_k + shared)
     core.kernels.moe_router(
         core.address(placed[0]),
@@ -52,9 +55,9 @@ def run(
         shared,
         top_k,
         norm_topk_prob,
-        *(core.address(a) for a in (ticket, logits, normed, bf16, chosen, weights)),
+        *(core.address(a) for a in (ticket, logits, normed, bf16, codes, scales, chosen, weights)),
     )
-    return Routed(*map(core.get, (logits, normed, bf16, chosen, weights, ticket)))
+    return Routed(*map(core.get, (logits, normed, bf16, codes, scales, chosen, weights, ticket)))
 
 
 def separated(rows: int, experts: int, cols: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -85,6 +88,10 @@ def check(
     np.testing.assert_allclose(routed.normed, value.numpy(), rtol=4e-7, atol=1e-12)
     expected_bf16 = torch.from_numpy(routed.normed).bfloat16().view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(routed.bf16, expected_bf16)
+    dequantised = routed.codes.reshape(*routed.scales.shape[:2], 16) * routed.scales[:, :, :1].astype(np.float64)
+    expected = quantized_activations(torch.from_numpy(routed.normed)).numpy()
+    np.testing.assert_array_equal(dequantised.reshape(expected.shape), expected)
+    np.testing.assert_allclose(routed.scales[:, :, 1], dequantised.sum(-1), rtol=1e-6, atol=1e-12)
     logits = value @ torch.from_numpy(weight).double().T
     np.testing.assert_allclose(routed.logits, logits.numpy(), rtol=0, atol=2e-6 * float(logits.abs().max() + 1))
     experts = len(weight) - shared
@@ -103,7 +110,7 @@ def check(
 @pytest.mark.parametrize("rows", [1, 3, 8, 9])
 @pytest.mark.parametrize("experts,top_k", [(1, 1), (4, 1), (16, 4), (64, 10)])
 def test_separated_logits(cuda_core, experts: int, top_k: int, rows: int, normalised: bool) -> None:
-    cols, shared = 1040 if rows == 3 else 132, rows != 1
+    cols, shared = 1056 if rows == 3 else 160, rows != 1
     x, weight = separated(rows, experts + shared, cols)
     norm = None
     if rows != 3:
@@ -129,19 +136,19 @@ def test_many_rows_and_many_experts(cuda_core, rows: int, experts: int, top_k: i
 def test_a_row_has_the_same_bits_however_many_stand_beside_it(cuda_core) -> None:
     """On both sides of every threshold: 8 rows in one launch, 128 by small tiles."""
     rng = np.random.default_rng(0)
-    x, weight = (rng.standard_normal((n, 132)).astype(np.float32) for n in (130, 12))
-    norm = rng.uniform(0.5, 1.5, 132).astype(np.float32)
+    x, weight = (rng.standard_normal((n, 160)).astype(np.float32) for n in (130, 12))
+    norm = rng.uniform(0.5, 1.5, 160).astype(np.float32)
     whole = run(cuda_core, x, weight, 3, norm=norm, shared=True)
     for first, last in ((0, 1), (5, 13), (20, 29), (1, 129)):
         part = run(cuda_core, x[first:last], weight, 3, norm=norm, shared=True)
-        for name in ("logits", "normed", "bf16", "chosen", "weights"):
+        for name in ("logits", "normed", "bf16", "codes", "scales", "chosen", "weights"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[first:last], err_msg=name)
 
 
 @pytest.mark.parametrize("rows", [2, 9])
 def test_equal_logits_take_the_lowest_index(cuda_core, rows: int) -> None:
-    x = np.ones((rows, 4), np.float32)
-    weight = np.zeros((70, 4), np.float32)
+    x = np.ones((rows, 32), np.float32)
+    weight = np.zeros((70, 32), np.float32)
     routed = run(cuda_core, x, weight, 4)
     np.testing.assert_array_equal(routed.chosen, [[0, 1, 2, 3]] * rows)
     np.testing.assert_array_equal(routed.weights, np.full((rows, 4), 0.25, np.float32))
@@ -174,8 +181,9 @@ def test_a_broken_row_has_no_weights_and_stays_alone(cuda_core, value: float, no
 
 
 def test_the_largest_logits_do_not_overflow(cuda_core) -> None:
-    x = np.full((1, 4), 1e4, np.float32)
-    weight = np.array([[1, 0, 0, 0], [-1, 0, 0, 0], [1, 0, 0, 0]], np.float32) * 100
+    x = np.full((1, 32), 1e4, np.float32)
+    weight = np.zeros((3, 32), np.float32)
+    weight[:, 0] = [100, -100, 100]
     routed = run(cuda_core, x, weight, 2)
     np.testing.assert_array_equal(routed.chosen, [[0, 2]])
     np.testing.assert_array_equal(routed.weights, [[0.5, 0.5]])
@@ -208,14 +216,14 @@ def test_pairs_are_grouped_in_order(cuda_core, pairs: int, experts: int, tile_ro
 
 
 def test_bad_arguments_are_named(cuda_core) -> None:
-    x, weight = np.ones((1, 6), np.float32), np.ones((8, 6), np.float32)
-    with pytest.raises(ValueError, match=r"moe_router: cols: expected a multiple of 4 up to 2\^20, got 6"):
+    x, weight = np.ones((1, 36), np.float32), np.ones((8, 36), np.float32)
+    with pytest.raises(ValueError, match=r"moe_router: cols: expected a multiple of 32 up to 2\^20, got 36"):
         run(cuda_core, x, weight, 2)
-    x, weight = np.ones((1, 8), np.float32), np.ones((8, 8), np.float32)
+    x, weight = np.ones((1, 32), np.float32), np.ones((8, 32), np.float32)
     for top_k in (0, 9):
         with pytest.raises(ValueError, match=f"moe_router: top_k: expected 1 to 8, got {top_k}"):
             run(cuda_core, x, weight, top_k)
     with pytest.raises(ValueError, match="moe_router: top_k: expected 1 to 16, got 17"):
-        run(cuda_core, x, np.ones((32, 8), np.float32), 17)
+        run(cuda_core, x, np.ones((32, 32), np.float32), 17)
     with pytest.raises(ValueError, match="moe_router: num_experts: expected 1 to 512, got 513"):
-        run(cuda_core, x, np.ones((513, 8), np.float32), 2)
+        run(cuda_core, x, np.ones((513, 32), np.float32), 2)

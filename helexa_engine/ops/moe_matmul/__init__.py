@@ -23,6 +23,7 @@ from .experts import Experts
 moe_matmul = Op(
     "moe_matmul",
     "helexa_engine.ops.moe_matmul.reference",
+    Implementation("cuda", "cuda", "helexa_engine.ops.moe_matmul.cuda", computes_in="int8"),
     Implementation("native", "cpu", "helexa_engine.ops.moe_matmul.native", computes_in="int8"),
 )
 
