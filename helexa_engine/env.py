@@ -90,6 +90,12 @@ def hides_cuda_devices() -> bool:
     return value is not None and (not value.strip() or value.strip().startswith("-"))
 
 
+def first_cuda_device() -> int:
+    """The number of the first device that ``CUDA_VISIBLE_DEVICES`` leaves, as far as it is one; else 0."""
+    first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "").split(",")[0].strip()
+    return int(first) if first.isdigit() else 0
+
+
 def api_key() -> str | None:
     """``HELEXA_API_KEY``: the key clients must send; read here so that it never stands on a command line."""
     return _get("API_KEY")

@@ -34,6 +34,7 @@ from .energy import EnergyMeter
 from .errors import HANDLERS, CannotListen
 from .http_protocol import HttpProtocol
 from .lifecycle.budget import Budget
+from .lifecycle.card_memory import memory_of
 from .lifecycle.catalogue import Catalogue
 from .lifecycle.manager import ModelManager
 from .lifecycle.model_events import ModelEvents
@@ -158,7 +159,8 @@ async def _serve(catalogue: Catalogue, config: ServerConfig) -> int:
         )
         for entry in catalogue
     ]
-    app = create_app(models, config)
+    budget = Budget(config.memory_budget_bytes(), memory_of(entry.engine for entry in catalogue))
+    app = create_app(models, config, budget)
     manager: ModelManager = app.state.manager
     with listen(config.host, config.port) as listener:
         server = Server(app, config)

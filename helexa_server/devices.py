@@ -7,14 +7,12 @@ import platform
 import time
 import typing
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from helexa_engine import env
 from helexa_engine.cli import machine
 from helexa_engine.config import EngineConfig
 from helexa_engine.runtime import nvml
-from helexa_engine.runtime.cuda_facts import CudaDevice, CudaFacts, Obstacle, build_facts, obstacle, version_text
+from helexa_engine.runtime.cuda_facts import Obstacle, build_facts, obstacle, version_text, with_cards
 
 #: A driver that hangs is waited for so long; then the last figures are shown.
 PATIENCE_SECONDS = 1.0
@@ -39,11 +37,7 @@ def _obstacle(driver: nvml.Driver, cards: list[nvml.Card]) -> Obstacle | None:
         return Obstacle(
             "cpu_only", "this build of helexa computes on the processor only", "there is nothing to be done"
         )
-    devices = tuple(CudaDevice(card.name, card.capability, card.memory_bytes) for card in cards)
-    if env.hides_cuda_devices():
-        devices = ()
-    facts: CudaFacts = replace(build_facts(), driver=driver.cuda, devices=devices)
-    return obstacle(facts)
+    return obstacle(with_cards(build_facts(), driver, cards))
 
 
 def _described(driver: nvml.Driver | None, cards: list[nvml.Card], found: Obstacle | None) -> dict[str, Any]:

@@ -309,7 +309,15 @@ def bench_pieces(results: Path) -> list[Piece]:
         run("engine.aggregate", f"{name} together", 90, ["--preset", name, "--quant", "Q4_K_M", *together])
         for name in ("qwen3.5-4b", "qwen3-8b")
     ]
-    return [*rows["Q4_K_M"], *ops, *aggregate, *rows["Q8_0"], *rows["BF16"]]
+    first = ON_CARD[0]
+    load = run("engine", f"{first.name} from a file", 120, [
+        "--preset", first.preset, "--quant", first.quant, "--preset-folder", ROOT / "build" / "gpu_check" / "presets",
+        "--repetitions", 1, "--decode-tokens", 16, "--output", results / "engine.jsonl",
+    ])  # fmt: skip
+    prefix = run("engine.prefix", "prefixes", 60, [
+        "--preset", "qwen3.5-4b", "qwen3-8b", "--quant", "Q4_K_M", "--output", results / "prefix.jsonl",
+    ])  # fmt: skip
+    return [*rows["Q4_K_M"], *ops, *aggregate, load, prefix, *rows["Q8_0"], *rows["BF16"]]
 
 
 def collect(environment: dict[str, str]) -> tuple[list[str], list[str]]:

@@ -177,6 +177,15 @@ def test_a_row_is_judged_by_floor_and_record() -> None:
     assert [item.goal.verdict(item.measured) for item in goals.judged(together)] == ["floor"]
 
 
+def test_kernels_alone_are_judged_where_a_goal_is_set() -> None:
+    step = {"benchmark": "gated_delta_rule", "tokens": 1, "microseconds": 9.0}
+    assert [str(item).split(": ")[-1] for item in goals.judged_op(step)] == ["floor"]
+    assert not [*goals.judged_op(step | {"tokens": 64}), *goals.judged_op({"benchmark": "quant_matmul"})]
+    attention = {"benchmark": "paged_attention", "tokens": 1, "context": 32768, "heads": "16x4x256", "kv_dtype": "q8_0"}
+    assert [item.goal.verdict(item.measured) for item in goals.judged_op(attention | {"roofline": 0.8})] == ["record"]
+    assert not list(goals.judged_op(attention | {"roofline": 0.8, "context": 4096}))
+
+
 def test_a_prompts_operations_are_those_of_its_parameters_and_of_attention() -> None:
     dense = PresetCheckpoint("qwen3-8b", "Q4_K_M")
     assert prefill_operations(dense, 1) == pytest.approx(2 * 6.95e9, rel=0.01)  # 8.2e9 but for embedding and head

@@ -84,9 +84,19 @@ SMALL = ("qwen3-0.6b", "qwen3-1.7b", "qwen3.5-0.8b", "qwen3.5-2b")
 AGGREGATE = {4: Goal(2.5, 3.3, "x"), 8: Goal(4, 5.5, "x"), 32: Goal(9, 14, "x")}
 
 DELTA_STEP = Goal(12, 5, "us", True)  # convolution, gates and norms included, batch 1
-ATTENTION_DECODE = Goal(0.50, 0.75, "R")  # heads of 256, a context of 32768, batch 1
+ATTENTION_DECODE = Goal(0.50, 0.75, "R")  # heads of 256, batch 1
+ATTENTION_CONTEXT = 32768
 LOAD = Goal(5, 20, "GB/s")  # from the page cache to ready
 PREFIX_HIT = Goal(40, 10, "ms", True)  # to the first token, beside the new tokens
+
+
+def judged_op(row: Row) -> Iterator[Judged]:
+    """What of a kernel's row on a card has a goal."""
+    if row["benchmark"] == "gated_delta_rule" and row["tokens"] == 1 and "microseconds" in row:
+        yield Judged("a delta net's step", row["microseconds"], DELTA_STEP)
+    is_step = row["benchmark"] == "paged_attention" and row["tokens"] == 1
+    if is_step and row["context"] == ATTENTION_CONTEXT and str(row["heads"]).endswith("x256"):
+        yield Judged(f"attention behind {row['context']}, {row['kv_dtype']}", row["roofline"], ATTENTION_DECODE)
 
 
 def kind_of(name: str) -> str:
@@ -104,6 +114,9 @@ def judged(row: Row) -> Iterator[Judged]:
     if row["benchmark"] == "aggregate":
         if row["sequences"] in AGGREGATE:
             yield Judged(f"{row['sequences']} together over one", row["times_single"], AGGREGATE[row["sequences"]])
+        return
+    if row["benchmark"] == "prefix":
+        yield Judged("first token after a prefix hit", row["hit_seconds"] * 1e3, PREFIX_HIT)
         return
     if (decode := DECODE.get(mix, {}).get(name)) is not None and not row["decode_context"]:
         yield Judged("decode", row["decode_share_of_bandwidth"], decode)

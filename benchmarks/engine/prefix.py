@@ -14,9 +14,13 @@ from typing import Any
 
 from helexa_engine import LLM, SamplingParams
 from helexa_engine.cli import machine
-from helexa_engine.cli.bench import Prompts, append_row, preset_file
+from helexa_engine.cli.bench import Limits, Prompts, append_row, preset_file, preset_model
+from helexa_engine.config import EngineConfig
 from helexa_engine.errors import HelexaError
 from helexa_engine.ops.registry import require_native
+from helexa_engine.runtime.load import load_model
+
+from .goals import judged
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "prefix.jsonl"
 
@@ -25,6 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.engine.prefix", description=__doc__)
     parser.add_argument("--preset", nargs="+", default=["qwen3-0.6b", "qwen3.5-0.8b"], help="[dense and hybrid]")
     parser.add_argument("--quant", default="Q8_0", help="[Q8_0]")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where models run [cpu]")
     parser.add_argument("--preset-folder", type=Path, help="where preset files are kept; default: the temporary folder")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="[4096]")
     parser.add_argument("--repetitions", type=int, default=3, help="[3]")
@@ -34,20 +39,24 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         for preset in arguments.preset:
-            path = preset_file(preset, arguments.quant, arguments.preset_folder)
             settings = {
+                "device": arguments.device,
                 "max_model_len": arguments.prompt_tokens + 16,
                 "max_num_seqs": 1,
                 "num_threads": arguments.num_threads,
             }
             row: dict[str, Any] = {"model": f"{preset} {arguments.quant}"}
             if arguments.restart:
+                path = preset_file(preset, arguments.quant, arguments.preset_folder)
                 row |= measure_restart(path, arguments.prompt_tokens, arguments.repetitions, settings)
                 print(report_restart(row), flush=True)
             else:
-                with LLM(path, **settings) as llm:
+                model = preset_model(preset, arguments.quant, arguments.preset_folder, arguments.device)
+                with LLM.of(load_model(model, EngineConfig(**settings))) as llm:
                     row |= measure(llm, arguments.prompt_tokens, arguments.repetitions)
                 print(report(row), flush=True)
+                if arguments.device == "cuda":
+                    print("\n".join(map(str, judged(row))), flush=True)
             append_row(arguments.output, row)
     except HelexaError as error:
         print(f"benchmarks.engine.prefix: error: {error}", file=sys.stderr)
@@ -57,10 +66,10 @@ def main() -> int:
 
 def measure(llm: LLM, prompt_tokens: int, repetitions: int) -> dict[str, Any]:
     """The row; every prompt is new, and is asked for twice."""
-    native = require_native()
+    limits = Limits(llm.model_info.device)
     prompts = Prompts(llm)
     first_token_seconds(llm, prompts.draw(min(prompt_tokens, 1024)))  # warm-up
-    bandwidth = [native.read_bandwidth()]
+    limits.measure()
     cold, hit, cached = [], [], []
     for _ in range(repetitions):
         prompt = prompts.draw(prompt_tokens)
@@ -69,10 +78,10 @@ def measure(llm: LLM, prompt_tokens: int, repetitions: int) -> dict[str, Any]:
             assert (cached_tokens > 0) == expected, f"{cached_tokens} tokens were cached"
             samples.append(seconds)
         cached.append(cached_tokens)
-    bandwidth.append(native.read_bandwidth())
+    limits.measure()
     return {
         "benchmark": "prefix",
-        **_conditions(repetitions, bandwidth),
+        **_conditions(repetitions, limits.bandwidths, limits.described),
         "prompt_tokens": prompt_tokens,
         "cached_tokens": round(statistics.median(cached)),
         "snapshot_bytes": llm.model_info.snapshot_bytes,
@@ -129,10 +138,13 @@ def measure_restart(path: Path, prompt_tokens: int, repetitions: int, settings: 
     }
 
 
-def _conditions(repetitions: int, bandwidth: Sequence[float]) -> dict[str, Any]:
-    native = require_native()
+def _conditions(
+    repetitions: int, bandwidth: Sequence[float], device: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    stamp = machine.stamp(require_native())
+    stamp["machine"] |= device or {}
     return {
-        **machine.stamp(native),
+        **stamp,
         "repetitions": repetitions,
         "read_bytes_per_second": round(statistics.mean(bandwidth)),
     }

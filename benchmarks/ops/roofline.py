@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine.goals import judged_op
 from helexa_engine.cli import machine
 
 from .place import Place
@@ -46,6 +47,9 @@ def print_row(
     }
     text = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
     print(text, flush=True)
+    if where.name == "cuda":
+        for item in judged_op(row):
+            print(item, flush=True)
     if json_file is not None:
         path = Path(json_file)
         path.parent.mkdir(parents=True, exist_ok=True)

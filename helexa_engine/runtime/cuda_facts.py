@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import env
 from ..ops import cuda
 from . import nvml
 
@@ -97,16 +99,29 @@ def build_facts() -> CudaFacts:
     return CudaFacts(True, architectures, kernels.runtime_version(), torch=version, torch_cuda=torch_cuda)
 
 
+def gather_without_device() -> CudaFacts:
+    """The same as :func:`gather` for a process that must not touch a device: driver and devices are NVML's, and those that
+    ``CUDA_VISIBLE_DEVICES`` hides are none."""
+    facts = build_facts()
+    try:
+        driver, cards = nvml.read()
+    except nvml.NoDriver:
+        return facts
+    return with_cards(facts, driver, cards)
+
+
+def with_cards(facts: CudaFacts, driver: nvml.Driver, cards: Sequence[nvml.Card]) -> CudaFacts:
+    """``facts`` with what NVML tells."""
+    visible = () if env.hides_cuda_devices() else cards[env.first_cuda_device() :]
+    found = tuple(CudaDevice(card.name, card.capability, card.memory_bytes) for card in visible)
+    return replace(facts, driver=driver.cuda, devices=found)
+
+
 def gather() -> CudaFacts:
     """The facts of this process, of torch what can be had without importing it. Asks the driver, and makes no context."""
     facts, kernels = build_facts(), cuda.kernels()
     if kernels is None or facts.is_old:
-        try:
-            driver, cards = nvml.read()
-        except nvml.NoDriver:
-            return facts
-        found = tuple(CudaDevice(card.name, card.capability, card.memory_bytes) for card in cards)
-        return replace(facts, driver=driver.cuda, devices=found)
+        return gather_without_device()
     error, devices = 0, []
     try:
         devices = kernels.devices()

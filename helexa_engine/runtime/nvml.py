@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,13 +40,7 @@ class _Memory(ctypes.Structure):
 def read(library: str = LIBRARY) -> tuple[Driver, list[Card]]:
     """The driver and every card of the machine, whatever ``CUDA_VISIBLE_DEVICES`` says. Waits for the driver: call it in a thread where
     nothing may wait. Raises :class:`NoDriver`."""
-    try:
-        nvml = ctypes.CDLL(library)
-    except OSError:
-        raise NoDriver(f"there is no NVIDIA driver here ({library} cannot be loaded)") from None
-    status = nvml.nvmlInit_v2()
-    if status != 0:
-        raise NoDriver(f"the NVIDIA driver does not answer (NVML error {status})")
+    nvml = _opened(library)
     try:
         version = ctypes.create_string_buffer(80)
         nvml.nvmlSystemGetDriverVersion(version, ctypes.c_uint(len(version)))
@@ -54,6 +49,34 @@ def read(library: str = LIBRARY) -> tuple[Driver, list[Card]]:
         return Driver(version.value.decode(), cuda.value), list(_cards(nvml))
     finally:
         nvml.nvmlShutdown()
+
+
+def free_bytes(index: int, library: str = LIBRARY) -> int:
+    """Free memory of a card by its number. Waits for the driver. Raises :class:`NoDriver`, also where there is no such card."""
+    nvml = _kept(library)
+    card, memory = ctypes.c_void_p(), _Memory()
+    if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(card)) != 0:
+        raise NoDriver(f"the NVIDIA driver has no card {index}")
+    if nvml.nvmlDeviceGetMemoryInfo(card, ctypes.byref(memory)) != 0:
+        raise NoDriver(f"the NVIDIA driver does not tell the memory of card {index}")
+    return int(memory.free)
+
+
+def _opened(library: str) -> ctypes.CDLL:
+    try:
+        nvml = ctypes.CDLL(library)
+    except OSError:
+        raise NoDriver(f"there is no NVIDIA driver here ({library} cannot be loaded)") from None
+    status = nvml.nvmlInit_v2()
+    if status != 0:
+        raise NoDriver(f"the NVIDIA driver does not answer (NVML error {status})")
+    return nvml
+
+
+@functools.cache
+def _kept(library: str) -> ctypes.CDLL:
+    """Open to the end of the process: opening takes much longer than asking."""
+    return _opened(library)
 
 
 def _cards(nvml: ctypes.CDLL) -> Iterator[Card]:
