@@ -303,6 +303,7 @@ def bench_pieces(results: Path) -> list[Piece]:
             "prompt",
             ["--rows", 64, 512, 4096, "--shape", "9216x2560", "--types", "Q4_K", "Q8_0", "BF16"],
         ),
+        op("sample", "of a step", ["--rows", 1, 32, "--vocabulary", 151936, 248320]),
         op("paged_attention", "prompt", ["--heads", "16x4x256", "--tokens", 2048, "--context", 2048, 16384]),
     ]
     aggregate = [

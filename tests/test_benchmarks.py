@@ -132,7 +132,11 @@ def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["engine.__main__", "engine.summary", "ops.paged_attention", "ops.quant_matmul", "ops.quantize", "ops.moe_matmul"],
+    [
+        "engine.__main__",
+        "engine.summary",
+        *(f"ops.{op}" for op in ("paged_attention", "quant_matmul", "quantize", "moe_matmul", "sample")),
+    ],
 )
 def test_every_benchmark_imports(name: str) -> None:
     assert callable(importlib.import_module(f"benchmarks.{name}").main)

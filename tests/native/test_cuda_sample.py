@@ -82,6 +82,13 @@ def test_every_way_at_every_width(cuda_core, size: int) -> None:
     assert_same(sampled(cuda_core, logits, rows, mask), twin(logits, rows, mask))
 
 
+def test_a_whole_vocabulary(cuda_core) -> None:
+    """More strips and parts than one pass of the threads takes."""
+    rows = [SampleRow(temperature=0.7, top_k=20, top_p=0.8, uniform=0.6, num_logprobs=2), SampleRow(1.0, uniform=0.8)]
+    logits = (np.random.default_rng(0).standard_normal((2, 248_320)) * 3).astype(np.float32)
+    assert_same(sampled(cuda_core, logits, rows), twin(logits, rows))
+
+
 def test_rows_that_begin_at_odd_addresses(cuda_core) -> None:
     rows = all_ways(2048)
     for row in rows:

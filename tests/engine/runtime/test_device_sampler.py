@@ -196,13 +196,13 @@ def test_the_engine_gives_the_same_answers(device: torch.device) -> None:
 
 
 def test_a_model_on_cuda_answers_as_with_the_sampler_of_the_host(device: torch.device, tmp_path: Path) -> None:
-    """From its prompts on: chunks of several lengths, decode steps by graph, a grammar's masks."""
+    """From its prompts on, with decode steps by graph and a grammar's masks."""
     settings = [
-        *({**fields, "logit_bias": {4: 5.0}} if "logit_bias" in fields else fields for fields in SETTINGS),
-        {"temperature": 1.0, "structured": StructuredOutput(regex="(yes|no){3}")},
+        *SETTINGS[1:4],
+        {"temperature": 1.0, "structured": StructuredOutput(regex="(yes|no){2}")},
     ]
-    params = [SamplingParams(**fields, max_tokens=5, seed=i) for i, fields in enumerate(settings)]
-    prompts = [list(range(10, 11 + 9 * i)) for i in range(len(params))]
+    params = [SamplingParams(**fields, max_tokens=4, seed=i) for i, fields in enumerate(settings)]
+    prompts = [list(range(10, 11 + 3 * i)) for i in range(len(params))]
     folder = write_qwen3_folder(tmp_path / "model")
     with LLM(folder, device="cuda", max_model_len=128, max_num_seqs=4, prefix_cache=False) as llm:
         runner = llm._loaded.thread._engine.runner
