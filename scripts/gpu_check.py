@@ -232,7 +232,7 @@ def tests_pieces(folder: Path, collected: Sequence[str]) -> list[Piece]:
     pieces = []
     for name in files:
         junit = folder / "junit" / f"{Path(name).stem}.xml"
-        options = ("-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=30", f"--junitxml={junit}")
+        options = ("--tb=short", "-p", "no:cacheprovider", "--maxfail=30", f"--junitxml={junit}")
         pieces.append(Piece(f"tests/{name}", (sys.executable, "-m", "pytest", "-m", "gpu", *options, name), 60, junit))
     return pieces
 
@@ -254,7 +254,7 @@ def memcheck_pieces(folder: Path, collected: Sequence[str], sanitizer: str) -> l
         # torch's allocator hands out parts of larger pieces, so that what lies behind a tensor is another: not here.
         memcheck = ("--tool", "memcheck", "--error-exitcode", "99", "--target-processes", "all")
         tool = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, *memcheck)
-        test = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}")
+        test = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}")
         pieces.append(Piece(f"memcheck/{name}", (*tool, *test, *nodes[::step][:MEMCHECK_TESTS]), 120, junit))
     return pieces
 
@@ -321,12 +321,14 @@ def bench_pieces(results: Path) -> list[Piece]:
     return [*rows["Q4_K_M"], *ops, *aggregate, load, prefix, *rows["Q8_0"], *rows["BF16"]]
 
 
-def collect(environment: dict[str, str]) -> tuple[list[str], list[str]]:
+def collect(
+    environment: dict[str, str], expression: str = "gpu", paths: Sequence[str] = ()
+) -> tuple[list[str], list[str]]:
     """(the tests that run on a card, the files that cannot be imported)."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "--continue-on-collection-errors"]
-    said = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=ROOT, env=environment, capture_output=True, text=True
-    ).stdout
+    # The project's own options make the list shorter than a name a line.
+    options = ("-o", "addopts=--strict-markers", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    command = [sys.executable, "-m", "pytest", "-m", expression, "--collect-only", *options, *paths]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
     return re.findall(r"^(tests/\S+::.*)$", said, re.MULTILINE), re.findall(r"^ERROR (tests/\S+)", said, re.MULTILINE)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,20 @@ def test_kernels_are_tested_before_what_stands_on_them() -> None:
     pieces = gpu_check.tests_pieces(Path("/f"), [*nodes, "tests/native/test_n.py::b"])
     assert [p.key for p in pieces] == [f"tests/{node.partition('::')[0]}" for node in (nodes[2], nodes[1], nodes[0])]
     assert all("gpu" in p.command and p.junit is not None for p in pieces)
+
+
+def test_what_runs_on_a_card_is_found_by_asking_pytest(tmp_path: Path) -> None:
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import a_package_that_is_not_here")
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    nodes, errors = gpu_check.collect(
+        environment, "not gpu", ["tests/native/test_cuda_errors.py", "tests/native/nothing.py"]
+    )
+    assert nodes == [] and errors == [], "a file that is not there is pytest's error, not a test's"
+    nodes, _ = gpu_check.collect(environment, "not gpu", ["tests/native/test_cuda_errors.py", str(broken)])
+    assert "tests/native/test_cuda_errors.py::test_some_errors_stick" in nodes
+    if not torch.cuda.is_available():
+        assert gpu_check.collect(environment, "gpu", ["tests/native/test_cuda_errors.py"]) == ([], [])
 
 
 def test_some_tests_of_each_kernel_run_under_the_sanitizer() -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from helexa_engine import LLM, EngineConfig
 from helexa_engine.errors import DeviceOutOfMemory, EngineDied
 from helexa_engine.ops import cuda
+from helexa_engine.presets import PresetCheckpoint
 from helexa_engine.runtime import device_faults
 from helexa_engine.runtime.engine_thread import EngineThread
 from helexa_engine.runtime.exchange import EngineRequest, StepOutput
+from helexa_engine.runtime.load import load_model
 from helexa_engine.sampling_params import SamplingParams
 from helexa_engine.testing.cuda_core import emulation
 from helexa_engine.testing.toy_model import ToyModel, toy_engine
@@ -80,6 +83,25 @@ def test_a_load_raises_our_errors() -> None:
     with pytest.raises(ValueError, match="as it is"):
         with device_faults.explained("while loading", "buy more"):
             raise ValueError("as it is")
+
+
+def test_a_model_on_a_card_goes_on_after_want_of_memory_and_ends_with_the_device(simt: Any) -> None:
+    """Launches of our own kernels fail in the middle of a step; the model, its pages and its states are real."""
+    config = EngineConfig(device="cuda", max_model_len=256, max_num_seqs=2, max_num_batched_tokens=128, seed=1)
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with LLM.of(load_model(PresetCheckpoint("qwen3.5-tiny", "Q8_0"), config)) as llm:
+        expected = llm.generate([1, 2, 3], greedy).token_ids
+        simt.fail_launches(2, after=30)
+        with pytest.raises(DeviceOutOfMemory, match="in a step of 1 tokens for 1 sequences|in a step of 3 tokens"):
+            llm.generate([1, 2, 3], greedy)
+        assert llm.generate([1, 2, 3], greedy).token_ids == expected
+        assert llm.stats().num_running == 0 and llm.stats().kv_pages_used == 0
+        simt.fail_launches(700, after=30, sticks=True)
+        with pytest.raises(EngineDied) as caught:
+            llm.generate([1, 2, 3], greedy)
+        assert caught.value.facts["reason"] == "device_lost"
+        with pytest.raises(EngineDied):
+            llm.generate([1, 2, 3], greedy)
 
 
 class Faulty(ToyModel):
