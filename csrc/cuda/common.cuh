@@ -131,7 +131,12 @@ template <class V>
 inline V load_streaming(const void* address) {
   return load_global<V>(address);
 }
-// The same for what another block of this launch wrote, before its fence.
+// Brings the line at an address to the second cache; it must be readable.
+inline void prefetch_global(const void* address) {
+  volatile unsigned char byte = *static_cast<const unsigned char*>(address);
+  (void)byte;
+}
+// Reads what another block of this launch wrote, before its fence.
 template <class T>
 inline T load_fresh(const T* address) {
   return *address;
@@ -350,6 +355,10 @@ __device__ __forceinline__ V load_streaming(const void* address) {
   } else {
     return load_global<V>(address);
   }
+}
+
+__device__ __forceinline__ void prefetch_global(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 template <class T>

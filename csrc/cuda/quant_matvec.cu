@@ -485,14 +485,11 @@ __device__ __forceinline__ Group load_any_group(int type, const WeightPlanes& w,
   case QuantType::name:   \
     return load_group<QuantType::name>(w, row, group);
     HELEXA_LOAD(Q4_1)
-    HELEXA_LOAD(Q5_0)
     HELEXA_LOAD(Q5_1)
     HELEXA_LOAD(Q1_0)
     HELEXA_LOAD(Q2_K)
-    HELEXA_LOAD(Q3_K)
     HELEXA_LOAD(TQ1_0)
     HELEXA_LOAD(TQ2_0)
-    HELEXA_LOAD(NVFP4)
     HELEXA_LOAD(IQ3_S)
     HELEXA_LOAD(IQ3_XXS)
     HELEXA_LOAD(IQ2_S)
@@ -545,6 +542,27 @@ __device__ __forceinline__ void walk_groups(const Call& call, const Part& part, 
   }
 }
 
+// Asks for the beginning of the rows that this warp begins with: weights depend on nothing, so they come while the
+// activations are prepared.
+__device__ __forceinline__ void prefetch_rows(const Call& call, int first) {
+  const int offset = lane_index() * 128;
+#pragma unroll 1
+  for (int p = 0; p < call.num_parts; ++p) {
+    const Part& part = call.parts[p];
+    if (first < part.pairs) {
+#pragma unroll
+      for (int plane = 0; plane < kMaxPlanes; ++plane) {
+        const int64_t pitch = part.a.pitch[plane];
+        if (offset >= pitch) continue;
+        prefetch_global(part.a.plane[plane] + row_of(call, part, first, 0) * pitch + offset);
+        prefetch_global(part.b.plane[plane] + row_of(call, part, first, 1) * pitch + offset);
+      }
+      return;
+    }
+    first -= part.pairs;
+  }
+}
+
 // What a launch is of: parts of one type, or of any types that have no kernel of their own. (One kernel for several
 // types would take the registers of all of them.)
 template <QuantType kType>
@@ -578,13 +596,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) matvec(__grid_c
     x.scales = arena.take<float>(call.chunk / 32 * kRows);
     x.totals = arena.take<float>(call.chunk / 16 * kRows);
   }
+  // Neighbouring pairs go to different multiprocessors, so that what is left over is spread.
+  const int stride = int(gridDim.x) * kWarps;
+  int first = warp_index() * int(gridDim.x) + int(blockIdx.x);
+  prefetch_rows(call, first);
   if (!call.prepared)
     load_activations<kRows>(call, x, scratch);
   else if (call.resident)
     copy_activations<kRows>(call, x, 0);
-  // Neighbouring pairs go to different multiprocessors, so that what is left over is spread.
-  const int stride = int(gridDim.x) * kWarps;
-  int first = warp_index() * int(gridDim.x) + int(blockIdx.x);
 #pragma unroll 1
   for (int p = 0; p < call.num_parts; ++p) {
     const Part& part = call.parts[p];
@@ -611,12 +630,15 @@ void visit_kernel(QuantType type, const Visit& visit) {
     HELEXA_KERNEL(I8)
     HELEXA_KERNEL(Q8_0)
     HELEXA_KERNEL(Q4_0)
+    HELEXA_KERNEL(Q5_0)
+    HELEXA_KERNEL(Q3_K)
     HELEXA_KERNEL(Q4_K)
     HELEXA_KERNEL(Q5_K)
     HELEXA_KERNEL(Q6_K)
     HELEXA_KERNEL(IQ4_NL)
     HELEXA_KERNEL(IQ4_XS)
     HELEXA_KERNEL(MXFP4)
+    HELEXA_KERNEL(NVFP4)
 #undef HELEXA_KERNEL
     default:
       return visit(OfOthers());
