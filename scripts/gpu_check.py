@@ -303,6 +303,12 @@ def bench_pieces(results: Path) -> list[Piece]:
             "prompt",
             ["--rows", 64, 512, 4096, "--shape", "9216x2560", "--types", "Q4_K", "Q8_0", "BF16"],
         ),
+        op(
+            "moe_matmul",
+            "of 35b-a3b",
+            ["--experts", 256, "--top-k", 8, "--width", 512, "--shared-width", 512, "--rows", 1, 8, 512],
+            60,
+        ),
         op("sample", "of a step", ["--rows", 1, 32, "--vocabulary", 151936, 248320]),
         op("paged_attention", "prompt", ["--heads", "16x4x256", "--tokens", 2048, "--context", 2048, 16384]),
     ]
@@ -318,7 +324,11 @@ def bench_pieces(results: Path) -> list[Piece]:
     prefix = run("engine.prefix", "prefixes", 60, [
         "--preset", "qwen3.5-4b", "qwen3-8b", "--quant", "Q4_K_M", "--output", results / "prefix.jsonl",
     ])  # fmt: skip
-    return [*rows["Q4_K_M"], *ops, *aggregate, load, prefix, *rows["Q8_0"], *rows["BF16"]]
+    # To be copied to helexa_engine/ops/gated_delta_rule/tuning.json by hand: here it would change what is measured.
+    tiles = run("ops.gated_delta_rule", "tiles of the delta rule", 400, [
+        "--heads", 16, 32, "--tune", "--table", results / "gated_delta_tuning.json",
+    ])  # fmt: skip
+    return [*rows["Q4_K_M"], *ops, *aggregate, load, prefix, *rows["Q8_0"], *rows["BF16"], tiles]
 
 
 def collect(

@@ -15,6 +15,23 @@ from helexa_engine.testing.cuda_core import emulated_cuda, emulation
 CASES = {
     "quant_matmul": ["--types", "Q4_K", "BF16", "--rows", "1", "--shape", "64x256", "--repeats", "1"],
     "paged_attention": ["--heads", "2x1x64", "--tokens", "1", "--context", "70", "--repeats", "1"],
+    "moe_matmul": [
+        "--experts",
+        "4",
+        "--top-k",
+        "2",
+        "--hidden",
+        "256",
+        "--width",
+        "256",
+        "--shared-width",
+        "256",
+        "--rows",
+        "1",
+        "3",
+        "--repeats",
+        "1",
+    ],
     "gated_delta_rule": ["--heads", "1", "2", "--tokens", "1", "20", "--repeats", "1"],
 }
 
@@ -27,7 +44,7 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, *options: s
 
 
 @pytest.mark.skipif(native_core() is None, reason="benchmarks measure the native core")
-@pytest.mark.parametrize("name", ["quant_matmul", "paged_attention"])
+@pytest.mark.parametrize("name", ["quant_matmul", "paged_attention", "moe_matmul"])
 def test_on_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     made = rows(monkeypatch, tmp_path, name)
     assert len(made) == 2 and all(0 < row["roofline"] and row["instruction_set"] for row in made)  # type: ignore[operator]

@@ -176,7 +176,10 @@ def main() -> None:
 
 
 def tune(table: Path, num_k_heads: int, num_v_heads: int, tokens: int) -> None:
-    """Searches on the first card and writes its row."""
+    """Searches on the first card and writes its row; a table that is not there begins as a copy of the committed one."""
+    if not table.exists():
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(tuning.TABLE.read_text(encoding="utf-8"), encoding="utf-8")
     prompt = gated_delta_tuning.Prompt(num_k_heads, num_v_heads, HEAD_DIM, HEAD_DIM, tokens)
     found, seconds = gated_delta_tuning.search(HEAD_DIM, prompt.time_solve, prompt.time_advance)
     major, minor = torch.cuda.get_device_capability()

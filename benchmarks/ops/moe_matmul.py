@@ -12,29 +12,32 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from helexa_engine import presets
-from helexa_engine.ops.moe_matmul import Experts, native
+from helexa_engine.ops.moe_matmul import Experts, moe_matmul
 from helexa_engine.ops.moe_matmul.reference import route
 from helexa_engine.quant import types
 from helexa_engine.quant.types import QuantType
 
-from .place import place
+from .place import add_arguments, place
 from .roofline import print_row
 
+ROUTINGS = 8  # inputs in turn, each to experts of its own
 
-def experts(mix: list[QuantType], count: int, width: int, hidden: int, mapped: bool) -> Experts:
+
+def experts(kernels: Any, mix: list[QuantType], count: int, width: int, hidden: int, mapped: bool) -> Experts:
     """Random experts of natural size."""
     rng = np.random.default_rng(0)
     shapes = [(width, hidden), (width, hidden), (hidden, width)]
     stacks = []
     for quant_type, (rows, cols) in zip(mix, shapes, strict=True):
         data = presets.random_values(quant_type, count * rows * cols, cols**-0.5, rng).reshape(count, -1)
-        stacks.append(native.pack_experts(quant_type, data, rows, cols, mapped=mapped))
+        stacks.append(kernels.pack_experts(quant_type, data, rows, cols, mapped=mapped))
     return Experts(*stacks)
 
 
@@ -49,32 +52,37 @@ def main() -> None:
     parser.add_argument("--shared-width", type=int, default=0, help="of an expert that all tokens take [none]")
     parser.add_argument("--mapped", action="store_true", help="pack as it goes, as --mmap-experts does")
     parser.add_argument("--repeats", type=int, default=9)
+    add_arguments(parser)
     arguments = parser.parse_args()
     mix = [type_of(parser, name) for name in arguments.mix]
     hidden, width, shared_width = arguments.hidden, arguments.width, arguments.shared_width
-    routed = experts(mix, arguments.experts, width, hidden, arguments.mapped)
-    shared = experts(mix, 1, shared_width, hidden, False) if shared_width else None
+    where = place(arguments.device)
+    kernels = where.implementation(moe_matmul, hidden_size=hidden)
+    routed = experts(kernels, mix, arguments.experts, width, hidden, arguments.mapped)
+    shared = experts(kernels, mix, 1, shared_width, hidden, False) if shared_width else None
     weight = torch.randn(arguments.experts, hidden) / hidden**0.5
-    router = native.pack_router(weight, torch.randn(hidden) / hidden**0.5 if shared else None)
-    norm = torch.ones(hidden)
+    gate = (torch.randn(hidden) / hidden**0.5).to(where.device) if shared else None
+    router = kernels.pack_router(weight.to(where.device), gate)
+    norm = torch.ones(hidden, device=where.device)
     expert_bytes = sum(
         rows * quant_type.row_bytes(cols)
         for quant_type, rows, cols in zip(mix, (width, width, hidden), (hidden, hidden, width), strict=True)
     )
-    where = place("cpu")
     for rows in arguments.rows:
-        seconds, touched = [], []
-        for repeat in range(arguments.repeats + 1):
+        touched, calls = [], []
+        for _ in range(ROUTINGS):
             x = torch.randn(rows, hidden)
             normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
             touched.append(len(set(route(normed @ weight.T, arguments.top_k, True)[0].flatten().tolist())))
-            start = time.perf_counter()
-            native.moe_matmul(x, router, routed, shared, norm_weight=norm, norm_eps=1e-6, top_k=arguments.top_k)
-            if repeat:  # the first call warms up
-                seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds)
+            given = (x.to(where.device), router, routed, shared)
+            calls.append(partial(kernels.moe_matmul, *given, norm_weight=norm, norm_eps=1e-6, top_k=arguments.top_k))
+        median = where.seconds(calls, arguments.repeats)
         per_width = expert_bytes / width
-        nbytes = statistics.mean(touched) * expert_bytes + shared_width * per_width + 4 * router.rows * hidden
+        nbytes = (
+            statistics.mean(touched) * expert_bytes
+            + shared_width * per_width
+            + 4 * (arguments.experts + bool(shared)) * hidden
+        )
         operations = 6.0 * rows * hidden * (arguments.top_k * width + shared_width)
         print_row(
             "moe_matmul",
@@ -89,6 +97,7 @@ def main() -> None:
             nbytes=nbytes,
             operations=operations,
             rate=where.rates["int8"],
+            json_file=arguments.json,
         )
 
 
