@@ -9,6 +9,9 @@ from .memory import LOGITS_ROWS, MOST_RECORDED, graph_sizes
 #: Tokens that ``moe_matmul`` computes together on the CPU (``kSliceRows`` of csrc/cpu/moe_matmul.cpp).
 SLICE_ROWS = 512
 
+#: New tokens of a sequence up to which attention on CUDA splits its context, and the most parts (csrc/cuda/paged_attention.cuh).
+FEW_TOKENS, MOST_SPLITS = 8, 64
+
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig, device: str) -> int:
     """Of the largest step on ``device``, ``cpu`` or ``cuda``."""
@@ -49,9 +52,17 @@ def _on_cuda(model: ModelConfig, config: EngineConfig) -> int:
     )  # gate | up, and their product
     token = 2 * model.hidden_size + max(*_mixer_widths(model), feed_forward)
     sizes = graph_sizes(config.max_num_seqs) if config.cuda_graphs else []
-    graphs = max(sizes, default=0) * token + sum(sizes) * (model.hidden_size + model.vocab_size)
-    activations = (4 + 2) * config.max_num_batched_tokens * token
+    largest = max(sizes, default=0)
+    graphs = largest * token + _splits(model, largest, 1) + sum(sizes) * (model.hidden_size + model.vocab_size)
+    activations = (4 + 2) * config.max_num_batched_tokens * token + 4 * _splits(model, config.max_num_seqs, FEW_TOKENS)
     return (activations + 4 * (2 * _logits(model, config) + graphs)) * 3 // 2
+
+
+def _splits(model: ModelConfig, num_sequences: int, new_tokens: int) -> int:
+    """Floats in which attention keeps what it has of the parts of long contexts, for sequences of up to so many new tokens
+    (``decode_workspace_floats`` of csrc/cuda/paged_attention_decode.cu)."""
+    splits = min(max(128 // model.num_key_value_heads, 8), MOST_SPLITS)
+    return num_sequences * new_tokens * model.num_attention_heads * splits * (model.head_dim + 2)
 
 
 def _mixer_widths(model: ModelConfig) -> list[int]:
