@@ -166,7 +166,7 @@ def _device_and_kernels(
         return "cpu", f"mmap_experts: {reason}", _kernels(model, "cpu")
     kernels = _kernels(model, "cuda", is_here=is_here)
     slow = "; ".join(f"{op}: {choice.why}" for op, choice in kernels.items() if choice.is_fallback)
-    if slow and not cuda.is_emulated():
+    if slow:
         if config.device == "cuda":
             raise BackendUnavailable(f"device cuda: there are no kernels for this model: {slow}")
         return "cpu", f"cuda has no kernels for this model: {slow}", _kernels(model, "cpu")
