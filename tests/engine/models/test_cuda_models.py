@@ -28,6 +28,12 @@ TWINS = ",".join(f"{op}=reference" for op in sorted(op_names() - {"quantize"}))
 PLACES = ["emulated", *(["card"] if torch.cuda.is_available() else [])]
 
 
+NARROW = {
+    "hidden_size": 64, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     """A tiny model in a mix of types, with its pages in ``kv_dtype``."""
@@ -35,6 +41,13 @@ class Case:
     architecture: str
     mix: str
     kv_dtype: str = "auto"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is smaller than in the tiny models, as far as the mix's blocks allow: experts take the emulation long."""
+        if self.architecture == "qwen3moe":
+            return {"num_hidden_layers": 1}
+        return NARROW if self.architecture in ("qwen3next", "qwen35moe") else {}
 
     @property
     def bar(self) -> float:
@@ -50,7 +63,7 @@ CASES = [
     Case("qwen3moe", "Q4_K_M"),
     Case("qwen3next", "Q8_0"),
     Case("qwen35", "Q5_K_M", "q8_0"),
-    Case("qwen35moe", "IQ4_XS"),
+    Case("qwen35moe", "Q4_0"),
 ]
 #: Natural log of a probability: what bfloat16 copies of activations make of another order of sums.
 TOLERANCE = 0.1
@@ -94,7 +107,7 @@ class Loaded:
     def prompts(self) -> list[list[int]]:
         """One over a page's border and two short ones, whose answers by the truth hang on no rounding: at every token the likeliest is
         ahead by :data:`MARGIN`."""
-        return [self._prompt(length) for length in (66, 9, 20)]
+        return [self._prompt(length) for length in (66, 3, 9)]
 
     def _prompt(self, length: int) -> list[int]:
         for seed in range(10, 110):
@@ -129,7 +142,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
 def loaded(request: pytest.FixtureRequest, place: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     case: Case = request.param
     root = tmp_path_factory.mktemp("cuda")
-    folder = write_folder(root / "folder", case.architecture)
+    folder = write_folder(root / "folder", case.architecture, **case.changes)
     with pytest.MonkeyPatch.context() as patch:
         found = Loaded(case, write_gguf(folder, root / f"{case.mix}.gguf", mixes.MIXES[case.mix]), patch)
         yield found
@@ -181,6 +194,7 @@ def test_a_batch_in_a_filled_up_graph_equals_each_alone_and_a_prefix_hit_a_cold_
     assert_same_answers([again], alone[:1], TOLERANCE)
 
 
+@pytest.mark.parametrize("loaded", [CASES[0], CASES[3], CASES[4]], ids=str, indirect=True)
 def test_chunked_prefill_equals_whole(loaded: Loaded) -> None:
     with loaded.on_cuda(max_num_seqs=1, max_num_batched_tokens=64) as chunked:
         error = error_of(chunked.logits(SCORED), loaded.logits)
