@@ -10,6 +10,7 @@
 #include "cuda_error.h"
 #include "dequantize.h"
 #include "gated_delta_rule.h"
+#include "moe_grouped.h"
 #include "moe_matmul.h"
 #include "moe_router.h"
 #include "paged_attention.h"
@@ -107,8 +108,8 @@ void bind(py::module_& module) {
       "moe_router",
       [](uintptr_t x, int64_t rows, int64_t cols, uintptr_t norm_weight, float norm_eps, uintptr_t weight,
          int num_experts, bool shared, int top_k, bool norm_topk_prob, uintptr_t ticket, uintptr_t logits,
-         uintptr_t normed, uintptr_t normed_bf16, uintptr_t codes, uintptr_t scales, uintptr_t chosen,
-         uintptr_t weights, Stream stream) {
+         uintptr_t normed, uintptr_t normed_bf16, uintptr_t normed_remainder, uintptr_t codes, uintptr_t scales,
+         uintptr_t chosen, uintptr_t weights, Stream stream) {
         constexpr const char* f = "moe_router";
         MoeRouter call;
         call.x = pointer<const float>(x, f, "x"), call.rows = rows, call.cols = cols;
@@ -120,6 +121,7 @@ void bind(py::module_& module) {
         call.logits = pointer<float>(logits, f, "logits");
         call.normed = pointer<float>(normed, f, "normed");
         call.normed_bf16 = optional<uint16_t>(normed_bf16);
+        call.normed_remainder = optional<uint16_t>(normed_remainder);
         call.codes = optional<uint8_t>(codes), call.scales = codes ? pointer<float>(scales, f, "scales") : nullptr;
         call.chosen = pointer<int32_t>(chosen, f, "chosen");
         call.weights = pointer<float>(weights, f, "weights");
@@ -127,9 +129,10 @@ void bind(py::module_& module) {
       },
       py::arg("x"), py::arg("rows"), py::arg("cols"), py::arg("norm_weight"), py::arg("norm_eps"), py::arg("weight"),
       py::arg("num_experts"), py::arg("shared"), py::arg("top_k"), py::arg("norm_topk_prob"), py::arg("ticket"),
-      py::arg("logits"), py::arg("normed"), py::arg("normed_bf16"), py::arg("codes"), py::arg("scales"),
-      py::arg("chosen"), py::arg("weights"), py::arg("stream") = 0,
-      "Each row's experts, ascending, and their weights; norm_weight, normed_bf16 and codes may be 0.");
+      py::arg("logits"), py::arg("normed"), py::arg("normed_bf16"), py::arg("normed_remainder"), py::arg("codes"),
+      py::arg("scales"), py::arg("chosen"), py::arg("weights"), py::arg("stream") = 0,
+      "Each row's experts, ascending, and their weights; norm_weight, normed_bf16, normed_remainder and codes may be "
+      "0.");
   module.def(
       "moe_group",
       [](uintptr_t chosen, int64_t pairs, int num_experts, int tile_rows, uintptr_t pair, uintptr_t place,
@@ -367,6 +370,45 @@ void bind(py::module_& module) {
       py::arg("chosen"), py::arg("weights"), py::arg("normed"), py::arg("codes"), py::arg("scales"), py::arg("hidden"),
       py::arg("hidden_codes"), py::arg("hidden_scales"), py::arg("stream") = 0,
       "Adds to up to eight rows of x what their experts give; shared's addresses are 0 without a shared expert.");
+  module.def(
+      "moe_grouped",
+      [](const StackTuple& a, const StackTuple& b, int num_experts, uintptr_t x, uintptr_t remainder, uintptr_t pair,
+         int top_k, uintptr_t tiles, uintptr_t num_tiles, int64_t most_tiles, int64_t rows, int tile_rows,
+         uintptr_t out, uintptr_t out_remainder, Stream stream) {
+        constexpr const char* f = "moe_grouped";
+        MoeGrouped call;
+        call.a = expert_stack(a), call.b = expert_stack(b), call.num_experts = num_experts;
+        call.x = pointer<const uint16_t>(x, f, "x"), call.remainder = optional<const uint16_t>(remainder);
+        call.pair = optional<const int32_t>(pair), call.top_k = top_k;
+        call.tiles = optional<const MoeTile>(tiles);
+        call.num_tiles = tiles ? pointer<const int32_t>(num_tiles, f, "num_tiles") : nullptr;
+        call.most_tiles = most_tiles, call.rows = rows, call.tile_rows = tile_rows;
+        if (call.b.planes)
+          call.gated = pointer<uint16_t>(out, f, "out"), call.gated_remainder = optional<uint16_t>(out_remainder);
+        else
+          call.out = pointer<float>(out, f, "out");
+        moe_grouped(call, stream);
+      },
+      py::arg("a"), py::arg("b"), py::arg("num_experts"), py::arg("x"), py::arg("remainder"), py::arg("pair"),
+      py::arg("top_k"), py::arg("tiles"), py::arg("num_tiles"), py::arg("most_tiles"), py::arg("rows"),
+      py::arg("tile_rows"), py::arg("out"), py::arg("out_remainder"), py::arg("stream") = 0,
+      "Grouped rows times their experts' gate and up, as bfloat16, or (b's addresses 0) down, as float32.");
+  module.def(
+      "moe_sum",
+      [](uintptr_t x, int64_t rows, int64_t hidden, int top_k, uintptr_t weights, uintptr_t place, uintptr_t products,
+         uintptr_t shared_products, Stream stream) {
+        constexpr const char* f = "moe_sum";
+        MoeSum call;
+        call.x = pointer<float>(x, f, "x"), call.rows = rows, call.hidden = hidden, call.top_k = top_k;
+        call.weights = pointer<const float>(weights, f, "weights");
+        call.place = pointer<const int32_t>(place, f, "place");
+        call.products = pointer<const float>(products, f, "products");
+        call.shared_products = optional<const float>(shared_products);
+        moe_sum(call, stream);
+      },
+      py::arg("x"), py::arg("rows"), py::arg("hidden"), py::arg("top_k"), py::arg("weights"), py::arg("place"),
+      py::arg("products"), py::arg("shared_products"), py::arg("stream") = 0,
+      "Adds to each row of x its experts' weighted products.");
 }
 
 }  // namespace helexa::cuda

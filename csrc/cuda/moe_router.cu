@@ -53,10 +53,14 @@ __device__ __forceinline__ void store_normalised(const MoeRouter& call, int64_t 
       store_global(call.normed + first + at, part);
     }
     if (call.normed_bf16 && holds) {
-      Vector<uint16_t, 4> rounded;
+      Vector<uint16_t, 4> rounded, remainder;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rounded[i] = bfloat16_from_float(part[i]);
+      for (int i = 0; i < 4; ++i) {
+        rounded[i] = bfloat16_from_float(part[i]);
+        remainder[i] = bfloat16_from_float(part[i] - float_from_bfloat16(rounded[i]));
+      }
       store_global(call.normed_bf16 + first + at, rounded);
+      if (call.normed_remainder) store_global(call.normed_remainder + first + at, remainder);
     }
     if (call.codes) store_quantised(part, holds, call.codes, call.scales, first + at);
   }

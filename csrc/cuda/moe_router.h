@@ -19,13 +19,14 @@ struct MoeRouter {
   const float* weight;  // [num_experts, cols], and with a shared expert its gate as one more row
   int num_experts, top_k;
   bool norm_topk_prob, shared;
-  uint32_t* ticket;       // [1], 0 before and after
-  float* logits;          // [rows, num_experts + shared]
-  float* normed;          // [rows, cols]
-  uint16_t* normed_bf16;  // the same as bfloat16, or null
-  uint8_t* codes;         // the same as int8 with scales as quantised_rows.cuh says, or null
-  float* scales;          // [rows, cols / 16, 2]
-  int32_t* chosen;        // [rows, top_k] in ascending order
+  uint32_t* ticket;            // [1], 0 before and after
+  float* logits;               // [rows, num_experts + shared]
+  float* normed;               // [rows, cols]
+  uint16_t* normed_bf16;       // the same as bfloat16, or null
+  uint16_t* normed_remainder;  // what rounding left of them, as bfloat16, or null
+  uint8_t* codes;              // the same as int8 with scales as quantised_rows.cuh says, or null
+  float* scales;               // [rows, cols / 16, 2]
+  int32_t* chosen;             // [rows, top_k] in ascending order
   float* weights;  // [rows, top_k + shared] in the order of `chosen`, then the sigmoid of the shared gate's logit
 };
 

@@ -19,6 +19,7 @@ class Routed:
     logits: np.ndarray
     normed: np.ndarray
     bf16: np.ndarray
+    remainder: np.ndarray
     codes: np.ndarray
     scales: np.ndarray
     chosen: np.ndarray
@@ -41,7 +42,7 @@ def run(
     placed = [core.put(x), core.put(weight)] + ([core.put(norm)] if norm is not None else [])
     nans = lambda *shape: core.put(np.full(shape, np.nan, np.float32))  # noqa: E731
     ticket, logits, normed = core.put(np.zeros(1, np.uint32)), nans(rows, width), nans(rows, cols)
-    bf16 = core.put(np.full((rows, cols), 0xFFFF, np.uint16))
+    bf16, remainder = (core.put(np.full((rows, cols), 0xFFFF, np.uint16)) for _ in range(2))
     codes, scales = core.put(np.full((rows, cols), -128, np.int8)), nans(rows, cols // 16, 2)
     chosen, weights = core.put(np.full((rows, top_k), -1, np.int32)), nans(rows, top_k + shared)
     core.kernels.moe_router(
@@ -55,9 +56,9 @@ def run(
         shared,
         top_k,
         norm_topk_prob,
-        *(core.address(a) for a in (ticket, logits, normed, bf16, codes, scales, chosen, weights)),
+        *(core.address(a) for a in (ticket, logits, normed, bf16, remainder, codes, scales, chosen, weights)),
     )
-    return Routed(*map(core.get, (logits, normed, bf16, codes, scales, chosen, weights, ticket)))
+    return Routed(*map(core.get, (logits, normed, bf16, remainder, codes, scales, chosen, weights, ticket)))
 
 
 def separated(rows: int, experts: int, cols: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -88,6 +89,10 @@ def check(
     np.testing.assert_allclose(routed.normed, value.numpy(), rtol=4e-7, atol=1e-12)
     expected_bf16 = torch.from_numpy(routed.normed).bfloat16().view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(routed.bf16, expected_bf16)
+    together = sum(
+        (half.astype(np.uint32) << 16).view(np.float32).astype(float) for half in (routed.bf16, routed.remainder)
+    )
+    np.testing.assert_allclose(together, routed.normed, rtol=2.0**-16)
     dequantised = routed.codes.reshape(*routed.scales.shape[:2], 16) * routed.scales[:, :, :1].astype(np.float64)
     expected = quantized_activations(torch.from_numpy(routed.normed)).numpy()
     np.testing.assert_array_equal(dequantised.reshape(expected.shape), expected)

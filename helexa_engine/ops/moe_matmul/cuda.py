@@ -1,4 +1,4 @@
-"""``moe_matmul`` on CUDA: see ``csrc/cuda/moe_router.cu`` and ``csrc/cuda/moe_matmul.cu``."""
+"""``moe_matmul`` on CUDA: see ``csrc/cuda/moe_router.cu``, ``moe_matmul.cu`` for a few tokens, ``moe_grouped.cu`` for many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...errors import InvalidRequest
-from ...quant.types import QuantType
+from ...quant.types import F32, QuantType
 from .. import cuda
 from ..upload import upload_planes
 from .experts import Experts
@@ -16,6 +16,10 @@ from .reference import check_stack
 
 #: Up to so many tokens take two launches behind the router's one: ``kFewTokens`` of ``csrc/cuda/moe_router.h``.
 FEW_TOKENS = 8
+#: So many are computed together at most: bounds the memory of what lies between the launches.
+MOST_TOKENS = 2048
+#: Tokens of a tile of one expert's: ``kNarrowMoeTile`` and ``kWideMoeTile`` of ``csrc/cuda/moe_grouped.h``.
+NARROW_TILE, WIDE_TILE = 32, 128
 
 
 @dataclass(frozen=True)
@@ -99,25 +103,27 @@ def moe_matmul(
 ) -> torch.Tensor:
     """See :mod:`helexa_engine.ops.moe_matmul`. Matrices are :class:`PlaneStack`."""
     _check(x, router, experts, shared, top_k)
-    if not len(x):
-        return x
-    for first in range(0, len(x), FEW_TOKENS):
-        rows = x[first : first + FEW_TOKENS]
-        routed = _route(rows, router, norm_weight, norm_eps, top_k, norm_topk_prob)
-        _few(rows, router, routed, experts, shared, top_k)
+    for first in range(0, len(x), MOST_TOKENS):
+        rows = x[first : first + MOST_TOKENS]
+        few = len(rows) <= FEW_TOKENS
+        routed = _route(rows, router, norm_weight, norm_eps, top_k, norm_topk_prob, few)
+        (_few if few else _many)(rows, router, routed, experts, shared, top_k)
     return x
 
 
 @dataclass(frozen=True)
 class _Routed:
-    """What ``moe_router`` leaves of rows [T, H]: normalised as float32, and as int8 codes with scales [T, H / 16, 2]; the experts
-    [T, top_k] that each row goes to, ascending, and their weights with the shared expert's last."""
+    """What ``moe_router`` leaves of rows [T, H]: the experts [T, top_k] that each goes to, ascending, and their weights with the
+    shared expert's last; the rows normalised as float32, and for a few tokens as int8 ``codes`` with ``scales`` [T, H / 16, 2], for
+    many as bfloat16 with what rounding left."""
 
+    chosen: torch.Tensor
+    weights: torch.Tensor
     normed: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
-    chosen: torch.Tensor
-    weights: torch.Tensor
+    rounded: torch.Tensor
+    remainder: torch.Tensor
 
 
 def _route(
@@ -127,14 +133,18 @@ def _route(
     norm_eps: float,
     top_k: int,
     norm_topk_prob: bool,
+    few: bool,
 ) -> _Routed:
     num_rows, hidden = x.shape
+    for_few, for_many = (num_rows, 0) if few else (0, num_rows)
     routed = _Routed(
-        torch.empty_like(x),
-        _empty(x, torch.uint8, num_rows, hidden),
-        _empty(x, torch.float32, num_rows, hidden // 16, 2),
         _empty(x, torch.int32, num_rows, top_k),
         _empty(x, torch.float32, num_rows, top_k + router.shared),
+        torch.empty_like(x),
+        _empty(x, torch.uint8, for_few, hidden),
+        _empty(x, torch.float32, for_few, hidden // 16, 2),
+        _empty(x, torch.bfloat16, for_many, hidden),
+        _empty(x, torch.bfloat16, for_many, hidden),
     )
     logits = _empty(x, torch.float32, num_rows, len(router.weight))
     cuda.require_kernels().moe_router(
@@ -151,7 +161,8 @@ def _route(
         router.ticket.data_ptr(),
         logits.data_ptr(),
         routed.normed.data_ptr(),
-        0,
+        routed.rounded.data_ptr(),
+        routed.remainder.data_ptr(),
         routed.codes.data_ptr(),
         routed.scales.data_ptr(),
         routed.chosen.data_ptr(),
@@ -172,8 +183,8 @@ def _few(
         len(x),
         router.num_experts,
         top_k,
-        _stacks(experts),
-        _stacks(shared),
+        tuple(map(_stack, experts)),
+        tuple(map(_stack, shared)) if shared is not None else (_NO_STACK,) * 3,
         routed.chosen.data_ptr(),
         routed.weights.data_ptr(),
         routed.normed.data_ptr(),
@@ -186,21 +197,120 @@ def _few(
     )
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """The pairs (token, rank) sorted by expert, ``pair`` at each place and ``place`` of each pair, and cut into ``most`` tiles or fewer."""
+
+    pair: torch.Tensor
+    place: torch.Tensor
+    tiles: torch.Tensor
+    num_tiles: torch.Tensor
+    most: int
+    tile_rows: int
+
+
+def _group(routed: _Routed, num_experts: int) -> _Groups:
+    pairs = routed.chosen.numel()
+    tile_rows = WIDE_TILE if pairs >= WIDE_TILE * num_experts else NARROW_TILE
+    most = pairs // tile_rows + min(pairs, num_experts)
+    groups = _Groups(
+        _empty(routed.chosen, torch.int32, pairs),
+        _empty(routed.chosen, torch.int32, pairs),
+        _empty(routed.chosen, torch.int32, most, 3),
+        _empty(routed.chosen, torch.int32, 1),
+        most,
+        tile_rows,
+    )
+    cuda.require_kernels().moe_group(
+        routed.chosen.data_ptr(),
+        pairs,
+        num_experts,
+        tile_rows,
+        groups.pair.data_ptr(),
+        groups.place.data_ptr(),
+        groups.tiles.data_ptr(),
+        groups.num_tiles.data_ptr(),
+        cuda.stream(routed.chosen),
+    )
+    return groups
+
+
+def _many(
+    x: torch.Tensor, router: Router, routed: _Routed, experts: Experts, shared: Experts | None, top_k: int
+) -> None:
+    groups = _group(routed, router.num_experts)
+    products = _products(routed, experts, groups, len(x) * top_k, router.num_experts, top_k)
+    of_shared = _products(routed, shared, None, len(x), 1, 1) if shared is not None else None
+    cuda.require_kernels().moe_sum(
+        x.data_ptr(),
+        *x.shape,
+        top_k,
+        routed.weights.data_ptr(),
+        groups.place.data_ptr(),
+        products.data_ptr(),
+        of_shared.data_ptr() if of_shared is not None else 0,
+        cuda.stream(x),
+    )
+
+
+def _products(
+    routed: _Routed, stacks: Experts, groups: _Groups | None, places: int, num_experts: int, top_k: int
+) -> torch.Tensor:
+    """[places, H] float32: of each pair its expert's, or without groups of each row the one expert's."""
+    kernels, stream = cuda.require_kernels(), cuda.stream(routed.normed)
+    gated = _empty(routed.normed, torch.bfloat16, places, stacks.gate.rows)
+    remainder = torch.empty_like(gated) if stacks.down.quant_type is F32 else None
+    out = _empty(routed.normed, torch.float32, places, stacks.down.rows)
+    if groups is not None:
+        tiles = (groups.tiles.data_ptr(), groups.num_tiles.data_ptr(), groups.most)
+        pair, tile_rows = groups.pair.data_ptr(), groups.tile_rows
+    else:
+        tiles, pair, tile_rows = (0, 0, 0), 0, WIDE_TILE if places > NARROW_TILE else NARROW_TILE
+    kernels.moe_grouped(
+        _stack(stacks.gate),
+        _stack(stacks.up),
+        num_experts,
+        routed.rounded.data_ptr(),
+        routed.remainder.data_ptr(),
+        pair,
+        top_k,
+        *tiles,
+        places,
+        tile_rows,
+        gated.data_ptr(),
+        remainder.data_ptr() if remainder is not None else 0,
+        stream,
+    )
+    kernels.moe_grouped(
+        _stack(stacks.down),
+        _NO_STACK,
+        num_experts,
+        gated.data_ptr(),
+        remainder.data_ptr() if remainder is not None else 0,
+        0,
+        1,
+        *tiles,
+        places,
+        tile_rows,
+        out.data_ptr(),
+        0,
+        stream,
+    )
+    return out
+
+
 def _empty(like: torch.Tensor, dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-_NO_STACK = (0, 0, 0, 0, 0)
+_StackArgument = tuple[int, int, int, int, int]
+_NO_STACK: _StackArgument = (0, 0, 0, 0, 0)
 
 
-def _stacks(experts: Experts | None) -> tuple[tuple[int, int, int, int, int], ...]:
-    """As the kernels' functions take them: type, addresses of planes and scales, rows, cols."""
-    if experts is None:
-        return (_NO_STACK,) * 3
-    return tuple(
-        (s.quant_type.number, s.planes.data_ptr(), s.scales.data_ptr() if s.scales is not None else 0, s.rows, s.cols)
-        for s in experts
-    )
+def _stack(stack: PlaneStack) -> _StackArgument:
+    """As the kernels' functions take it: type, addresses of planes and scales, rows, cols."""
+    scales = stack.scales.data_ptr() if stack.scales is not None else 0
+    return stack.quant_type.number, stack.planes.data_ptr(), scales, stack.rows, stack.cols
 
 
 def _check(x: torch.Tensor, router: Router, experts: Experts, shared: Experts | None, top_k: int) -> None:

@@ -73,19 +73,74 @@ def test_a_few_tokens(mix: tuple[str, str, str], shared_width: int, cuda_device:
         assert torch.equal(run(block, x[:rows], cuda_device), out[:rows]), rows
 
 
+def assert_many_as_the_twin(block: Block, x: torch.Tensor, out: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a twin that rounds to bfloat16 what tensor cores multiply, up to single roundings; near float64 with it, or with F32."""
+    exact = block.run(x, reference, compute_dtype=torch.float64) - x
+    if block.mix == ("F32",) * 3:
+        assert relative((out - x) - exact, exact) <= 2.0**-16
+        return
+    with monkeypatch.context() as patch:
+        dequantized = reference.BlockStack.dequantized
+        patch.setattr(reference.BlockStack, "dequantized", lambda *args: dequantized(*args).bfloat16().float())
+        rounded = lambda value, _: value.bfloat16().double()  # noqa: E731
+        twin = block.run(x, reference, compute_dtype=torch.float64, seen=rounded) - x
+    assert relative((out - x) - twin, twin) <= 2e-4
+    assert relative((out - x) - exact, exact) <= 1.1 * relative(twin - exact, exact) <= 1e-2
+
+
+@pytest.mark.parametrize("shared_width", [0, 256])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_many_tokens(
+    mix: tuple[str, str, str],
+    shared_width: int,
+    cuda_device: torch.device,
+    poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = Block(mix, num_experts=4, shared_width=shared_width)
+    x = inputs(40, block.hidden)
+    out = run(block, x, cuda_device)
+    assert_many_as_the_twin(block, x, out, monkeypatch)
+    assert torch.equal(run(block, x[: FEW + 1], cuda_device), out[: FEW + 1])
+    few = run(block, x[:FEW], cuda_device) - x[:FEW]
+    assert relative((out - x)[:FEW] - few, few) <= 2e-2
+
+
+def test_tiles_of_many_tokens(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each expert 128 tokens and more, and some that fill no tile."""
+    block = Block(("Q8_0", "F16", "Q8_0"), num_experts=2, top_k=1, hidden=96, width=96, shared_width=64)
+    x = inputs(2 * cuda.WIDE_TILE + 5, 96)
+    out = run(block, x, cuda_device)
+    assert_many_as_the_twin(block, x, out, monkeypatch)
+    assert torch.equal(run(block, x[:40], cuda_device), out[:40])  # in narrow tiles
+
+
+def test_slices_of_a_long_prompt_are_the_same_to_the_bit(
+    cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block(("Q8_0",) * 3, num_experts=4, hidden=64, width=32, shared_width=64)
+    x = inputs(50, 64)
+    whole = run(block, x, cuda_device)
+    monkeypatch.setattr(cuda, "MOST_TOKENS", 20)
+    assert torch.equal(run(block, x, cuda_device), whole)
+
+
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_type_that_a_device_keeps(name: str, cuda_device: torch.device) -> None:
+def test_every_type_that_a_device_keeps(name: str, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     block = Block((name,) * 3, num_experts=2, top_k=1)
-    x = inputs(1, block.hidden)
-    assert_few_as_the_twin(block, x, run(block, x, cuda_device))
+    x = inputs(FEW + 1, block.hidden)
+    assert_few_as_the_twin(block, x[:1], run(block, x[:1], cuda_device))
+    assert_many_as_the_twin(block, x, run(block, x, cuda_device), monkeypatch)
 
 
-def test_a_shared_expert_of_other_types_and_width(cuda_device: torch.device) -> None:
+def test_a_shared_expert_of_other_types_and_width(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     block = Block(Q4_K_M, num_experts=4)
     block.data["shared"] = Block(("Q8_0", "Q8_0", "F32"), width=64, num_experts=1, top_k=1).data["experts"]
     block.shared_width = 64
-    x = inputs(3, block.hidden)
-    assert_few_as_the_twin(block, x, run(block, x, cuda_device))
+    x = inputs(FEW + 1, block.hidden)
+    assert_few_as_the_twin(block, x[:3], run(block, x[:3], cuda_device))
+    block.data["shared"] = Block(("Q8_0", "Q4_0", "Q8_0"), width=64, num_experts=1, top_k=1).data["experts"]
+    assert_many_as_the_twin(block, x, run(block, x, cuda_device), monkeypatch)
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -105,7 +160,7 @@ def test_equal_logits_take_the_lowest_index(cuda_device: torch.device) -> None:
     assert relative(run(block, x, cuda_device) - truth, truth) <= 2e-6
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW])
+@pytest.mark.parametrize("rows", [1, 3, FEW, FEW + 1, 40])
 def test_an_expert_that_nobody_chose_is_not_touched(rows: int, cuda_device: torch.device) -> None:
     block = Block(("Q8_0", "Q8_0", "Q8_0"), num_experts=4, hidden=64, width=64)
     block.router[2] = -1e3 * block.router.sum(0).sign()
@@ -119,23 +174,28 @@ def test_an_expert_that_nobody_chose_is_not_touched(rows: int, cuda_device: torc
     assert run(block, x, cuda_device).isnan().all()
 
 
-def test_scales_multiply_the_products_of_their_experts(cuda_device: torch.device) -> None:
+def test_scales_multiply_the_products_of_their_experts(
+    cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block = Block(("NVFP4",) * 3, shared_width=256, scales=tuple(0.3 + 0.2 * i for i in range(8)))
-    x = inputs(3, block.hidden)
-    assert_few_as_the_twin(block, x, run(block, x, cuda_device))
+    x = inputs(FEW + 1, block.hidden)
+    assert_few_as_the_twin(block, x[:3], run(block, x[:3], cuda_device))
+    assert_many_as_the_twin(block, x, run(block, x, cuda_device), monkeypatch)
 
 
 @pytest.mark.parametrize("mix", [("Q8_0", "Q8_0", "Q8_0"), ("F16", "F16", "F16")], ids="-".join)
+@pytest.mark.parametrize("rows", [3, FEW + 1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_token_is_not_hidden_and_stays_alone(
-    value: float, mix: tuple[str, str, str], cuda_device: torch.device
+    value: float, rows: int, mix: tuple[str, str, str], cuda_device: torch.device
 ) -> None:
     block = Block(mix, hidden=64, width=32)
-    x = inputs(3, block.hidden)
+    x = inputs(rows, block.hidden)
     expected = run(block, x, cuda_device)
     x[1, 40] = value
     out = run(block, x, cuda_device)
-    assert torch.equal(out[[0, 2]], expected[[0, 2]]) and not out[1].isfinite().any()
+    others = [row for row in range(rows) if row != 1]
+    assert torch.equal(out[others], expected[others]) and not out[1].isfinite().any()
 
 
 def test_a_fused_gate_and_up_is_two_views_of_one_stack(cuda_device: torch.device) -> None:
