@@ -19,8 +19,10 @@
 #include "devices.h"
 #endif
 #include "quant_embedding.h"
+#include "quant_matmul.h"
 #include "quant_matvec.h"
 #include "repack.h"
+#include "rms_norm.h"
 
 namespace py = pybind11;
 
@@ -208,6 +210,62 @@ void bind(py::module_& module) {
       py::arg("quant_type"), py::arg("planes"), py::arg("first_row"), py::arg("num_rows"), py::arg("rows"),
       py::arg("cols"), py::arg("out"), py::arg("stream") = 0, "The inverse.");
 
+  module.def(
+      "rms_norm",
+      [](uintptr_t x, int64_t rows, int64_t cols, uintptr_t weight, float eps, uintptr_t out, uintptr_t remainder,
+         Stream stream) {
+        constexpr const char* f = "rms_norm";
+        rms_norm({pointer<const float>(x, f, "x"), rows, cols, optional<const float>(weight), eps,
+                  pointer<uint16_t>(out, f, "out"), optional<uint16_t>(remainder)},
+                 stream);
+      },
+      py::arg("x"), py::arg("rows"), py::arg("cols"), py::arg("weight"), py::arg("eps"), py::arg("out"),
+      py::arg("remainder"), py::arg("stream") = 0,
+      "x [rows, cols] float32, normalised unless weight is 0, as bfloat16; remainder: what that leaves, or 0.");
+  module.def("quant_matmul_splits", &quant_matmul_splits, py::arg("part_rows"), py::arg("cols"), py::arg("rows"),
+             py::arg("silu_mul"), py::arg("multiprocessors"), "Splits of the columns that fill a device.");
+  module.def(
+      "quant_matmul",
+      [](const std::vector<std::tuple<int, uintptr_t, int64_t, float>>& parts, int64_t cols, uintptr_t x,
+         uintptr_t remainder, int64_t rows, bool silu_mul, bool exact, bool add, uintptr_t out, int splits,
+         uintptr_t partial, Stream stream) {
+        constexpr const char* f = "quant_matmul";
+        QuantMatmul call;
+        for (const auto& [quant_type, planes, part_rows, scale] : parts)
+          call.parts.push_back({quant_type, pointer<const void>(planes, f, "parts"), part_rows, scale});
+        call.cols = cols, call.x = pointer<const uint16_t>(x, f, "x");
+        call.remainder = optional<const uint16_t>(remainder), call.rows = rows;
+        call.silu_mul = silu_mul, call.exact = exact, call.add = add, call.out = pointer<float>(out, f, "out");
+        call.splits = splits, call.partial = optional<float>(partial);
+        quant_matmul(call, stream);
+      },
+      py::arg("parts"), py::arg("cols"), py::arg("x"), py::arg("remainder"), py::arg("rows"), py::arg("silu_mul"),
+      py::arg("exact"), py::arg("add"), py::arg("out"), py::arg("splits"), py::arg("partial"), py::arg("stream") = 0,
+      "x [rows, cols] bfloat16 times parts (quant_type, planes, rows, scale) side by side, float32; remainder and "
+      "partial [splits, rows, products] may be 0.");
+  module.def(
+      "dequantize_planes",
+      [](int quant_type, uintptr_t planes, int64_t first_row, int64_t num_rows, int64_t rows, int64_t cols,
+         uintptr_t out, Stream stream) {
+        constexpr const char* f = "dequantize_planes";
+        dequantize_planes(quant_type, pointer<const void>(planes, f, "planes"), first_row, num_rows, rows, cols,
+                          pointer<uint16_t>(out, f, "out"), stream);
+      },
+      py::arg("quant_type"), py::arg("planes"), py::arg("first_row"), py::arg("num_rows"), py::arg("rows"),
+      py::arg("cols"), py::arg("out"), py::arg("stream") = 0,
+      "Rows of a matrix in planes, rounded to bfloat16 [num_rows, cols].");
+  module.def(
+      "finish_products",
+      [](uintptr_t products, int splits, int64_t rows, int64_t width, float first_scale, float second_scale,
+         bool silu_mul, bool add, uintptr_t out, int64_t pitch, int64_t column, Stream stream) {
+        constexpr const char* f = "finish_products";
+        finish_products({pointer<const float>(products, f, "products"), splits, rows, width, first_scale, second_scale,
+                         silu_mul, add, pointer<float>(out, f, "out"), pitch, column},
+                        stream);
+      },
+      py::arg("products"), py::arg("splits"), py::arg("rows"), py::arg("width"), py::arg("first_scale"),
+      py::arg("second_scale"), py::arg("silu_mul"), py::arg("add"), py::arg("out"), py::arg("pitch"), py::arg("column"),
+      py::arg("stream") = 0, "Products [splits, rows, width] summed and scaled; out [rows, pitch] from column on.");
   module.def(
       "quant_embedding",
       [](int quant_type, uintptr_t planes, int64_t rows, int64_t cols, float scale, uintptr_t ids, int64_t n,

@@ -1,4 +1,5 @@
-"""``quant_matmul`` on a CUDA device: see ``csrc/cuda/quant_matvec.cu`` for up to eight rows of activations."""
+"""``quant_matmul`` on a CUDA device: see ``csrc/cuda/quant_matvec.cu`` for up to eight rows of activations, and :mod:`.cuda_matmul`
+for more."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from ...quant.types import QuantType
 from .. import cuda
 from ..upload import upload_planes
+from .cuda_matmul import quant_matmul_many, supports
 
 if TYPE_CHECKING:
     from .reference import Activation
@@ -103,6 +105,19 @@ def quant_matmul(
             f"quant_matmul: output: expected contiguous float32 {(num_rows, width)}, got {target.dtype} {tuple(target.shape)}"
         )
     half = len(parts) // 2
+    if num_rows > MATVEC_ROWS and supports(parts):
+        if gated and [p.rows for p in parts[:half]] != [p.rows for p in parts[half:]]:
+            raise ValueError("quant_matmul: parts: expected gates and as many ups of the same rows")
+        return quant_matmul_many(
+            x,
+            parts,
+            norm_weight=norm_weight,
+            norm_eps=norm_eps,
+            gated=gated,
+            add=residual is not None,
+            out=target,
+            exact=exact,
+        )
     if gated and any(gate.quant_type != up.quant_type for gate, up in zip(parts[:half], parts[half:], strict=False)):
         # A gate and an up of two types are not multiplied by one warp.
         products = quant_matmul(x, parts, norm_weight=norm_weight, norm_eps=norm_eps, exact=exact)
