@@ -248,6 +248,8 @@ def build_engine(
         graph_sizes=graph_sizes(config.max_num_seqs) if scratch else (),
         scratch=scratch,
     )
+    if scratch is not None and torch_device(device).type == "cuda":  # the emulation has nothing to prepare
+        runner.warm_up()
     scheduler = Scheduler(
         pool,
         page_size=PAGE_SIZE,

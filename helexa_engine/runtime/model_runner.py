@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -20,6 +21,7 @@ from .memory import MOST_RECORDED
 from .recorded_step import RecordedStep
 from .sampler import Logits, Outcome, Sampler, sample_rows
 from .scheduler import Chunk
+from .sequence import Sequence as AnswerSequence
 from .step_inputs import Scratch, StepInputs
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class ModelRunner:
         self._state_caches = [cache for cache in caches if isinstance(cache, StateCache)]
         self._states = [state for cache in self._state_caches for state in (cache.conv_state, cache.recurrent_state)]
         self._device = device
+        self._scratch = scratch
         self._inputs = StepInputs(
             torch_device(device),
             caches,
@@ -105,6 +108,14 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(
                     self._decode, lambda rows: self._inputs.fill([], rows), graph_sizes, torch_device(device)
                 )
+
+    def warm_up(self) -> None:
+        """Computes a prompt of nobody's, so that the first request does not wait for what kernels and libraries do at first use. Needs
+        ``scratch``."""
+        assert self._scratch is not None
+        sequence = AnswerSequence("warm-up", 0, [0] * self.page_size, self.page_size, 1)
+        sequence.pages, sequence.state_slot = array("i", [self._scratch.page]), self._scratch.state_slot
+        self.logits(self.forward([Chunk(sequence, 0, self.page_size)]), [self.page_size - 1])
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Hidden states [T, hidden_size] of the chunks' tokens, packed in their order; valid until the next call.

@@ -12,6 +12,10 @@ SLICE_ROWS = 512
 #: New tokens of a sequence up to which attention on CUDA splits its context, and the most parts (csrc/cuda/paged_attention.cuh).
 FEW_TOKENS, MOST_SPLITS = 8, 64
 
+#: Decoded weights and their products, where a step is large enough for the library's product (``SCRATCH_BYTES`` of
+#: ops/quant_matmul/cuda_matmul.py, for each; ``LIBRARY_ROWS_BF16`` tokens).
+LIBRARY_BYTES, LIBRARY_ROWS = 128 << 20, 128
+
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig, device: str) -> int:
     """Of the largest step on ``device``, ``cpu`` or ``cuda``."""
@@ -55,7 +59,8 @@ def _on_cuda(model: ModelConfig, config: EngineConfig) -> int:
     largest = max(sizes, default=0)
     graphs = largest * token + _splits(model, largest, 1) + sum(sizes) * (model.hidden_size + model.vocab_size)
     activations = (4 + 2) * config.max_num_batched_tokens * token + 4 * _splits(model, config.max_num_seqs, FEW_TOKENS)
-    return (activations + 4 * (2 * _logits(model, config) + graphs)) * 3 // 2
+    library = LIBRARY_BYTES if config.max_num_batched_tokens >= LIBRARY_ROWS else 0
+    return (activations + 4 * (2 * _logits(model, config) + graphs)) * 3 // 2 + library
 
 
 def _splits(model: ModelConfig, num_sequences: int, new_tokens: int) -> int:

@@ -165,6 +165,15 @@ def test_logits_meet_the_bar(loaded: Loaded) -> None:
     assert 0 < error <= loaded.case.bar
 
 
+@pytest.mark.parametrize("loaded", [CASES[4]], ids=str, indirect=True)
+def test_warming_up_leaves_nothing_behind(loaded: Loaded) -> None:
+    ids = prompt(5, seed=6)
+    before = loaded.llm.logits(ids)
+    runner: Any = loaded.llm._loaded.thread._engine.runner
+    runner.warm_up()
+    assert torch.equal(loaded.llm.logits(ids), before)
+
+
 def tokens(result: GenerationResult) -> list[int]:
     return list(result.completions[0].token_ids)
 
