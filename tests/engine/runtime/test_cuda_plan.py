@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helexa_engine import LLM, SamplingParams
 from helexa_engine.architectures import ARCHITECTURES
@@ -22,6 +23,8 @@ from helexa_engine.layers.weight import FloatParameter
 from helexa_engine.ops import cuda
 from helexa_engine.presets import write_preset_gguf
 from helexa_engine.quant import mixes
+from helexa_engine.runtime import cuda_facts
+from helexa_engine.runtime.cuda_facts import CudaDevice, CudaFacts
 from helexa_engine.runtime.load import load_model
 from helexa_engine.runtime.memory import graph_sizes
 from helexa_engine.runtime.model_runner import ModelRunner
@@ -205,3 +208,18 @@ def test_auto_takes_cuda_where_everything_is_there(preset_file: Path, emulated: 
 )
 def test_graphs_are_few(most: int, expected: list[int]) -> None:
     assert graph_sizes(most) == expected
+
+
+def test_a_server_plans_for_a_card_without_torch(preset_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = CudaFacts(
+        kernels=True, architectures=("90a",), runtime=13000, driver=13000, torch="2.9.0", torch_cuda="13.0",
+        devices=(CudaDevice("H200", (9, 0), 140 * GIB),),
+    )  # fmt: skip
+
+    def asked() -> bool:
+        raise AssertionError("torch was asked")
+
+    monkeypatch.setattr(cuda_facts, "gather", lambda: facts)
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    plan = planned(preset_file, EngineConfig(), available=2 * GIB)
+    assert (plan.device, plan.memory.available_bytes) == ("cuda", 2 * GIB)
