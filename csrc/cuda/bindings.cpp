@@ -5,10 +5,8 @@
 #include <tuple>
 
 #include "../check.h"
-#include "argmax.h"
 #include "causal_conv1d.h"
 #include "cuda_error.h"
-#include "dequantize.h"
 #include "gated_delta_rule.h"
 #include "moe_grouped.h"
 #include "moe_matmul.h"
@@ -95,18 +93,6 @@ void bind(py::module_& module) {
   bind_facts(module);
 #endif
   module.def(
-      "dequantize",
-      [](int quant_type, uintptr_t source, int64_t n, uintptr_t out, bool bfloat16, Stream stream) {
-        constexpr const char* f = "dequantize";
-        const auto* from = pointer<const void>(source, f, "source");
-        if (bfloat16)
-          dequantize(quant_type, from, n, pointer<uint16_t>(out, f, "out"), stream);
-        else
-          dequantize(quant_type, from, n, pointer<float>(out, f, "out"), stream);
-      },
-      py::arg("quant_type"), py::arg("source"), py::arg("n"), py::arg("out"), py::arg("bfloat16"),
-      py::arg("stream") = 0, "n values (whole blocks) as float32, or rounded to bfloat16.");
-  module.def(
       "moe_router",
       [](uintptr_t x, int64_t rows, int64_t cols, uintptr_t norm_weight, float norm_eps, uintptr_t weight,
          int num_experts, bool shared, int top_k, bool norm_topk_prob, uintptr_t ticket, uintptr_t logits,
@@ -151,17 +137,6 @@ void bind(py::module_& module) {
       py::arg("place"), py::arg("tiles"), py::arg("num_tiles"), py::arg("stream") = 0,
       "Pairs sorted by expert, where each stands, and tiles (expert, first place, rows) of one expert each.");
 
-  module.def("argmax_scratch_words", &argmax_scratch_words, py::arg("rows"), py::arg("cols"),
-             "Words of eight bytes that argmax needs as scratch memory.");
-  module.def(
-      "argmax",
-      [](uintptr_t values, int64_t rows, int64_t cols, uintptr_t scratch, uintptr_t out, Stream stream) {
-        constexpr const char* f = "argmax";
-        argmax(pointer<const float>(values, f, "values"), rows, cols, pointer<uint64_t>(scratch, f, "scratch"),
-               pointer<int64_t>(out, f, "out"), stream);
-      },
-      py::arg("values"), py::arg("rows"), py::arg("cols"), py::arg("scratch"), py::arg("out"), py::arg("stream") = 0,
-      "out [rows]: the place of the largest of values [rows, cols], the first among equals; a NaN is the largest.");
   module.def("quant_matvec_workspace", &quant_matvec_workspace, py::arg("rows"), py::arg("cols"),
              "Bytes of quant_matvec's workspace; 0 where it needs none.");
   module.def(

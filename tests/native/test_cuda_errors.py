@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from helexa_engine.ops import cuda
-from helexa_engine.quant import types
 from helexa_engine.testing.cuda_core import emulation
 
 
@@ -23,14 +22,14 @@ def simt() -> Iterator[Any]:
 
 
 def launch(kernels: Any) -> None:
-    values = np.ones(64, np.float32)
-    kernels.dequantize(types.F32.number, values.ctypes.data, 64, values.ctypes.data, False)
+    values, rounded = np.ones(64, np.float32), np.empty(64, np.uint16)
+    kernels.rms_norm(values.ctypes.data, 1, 64, 0, 0.0, rounded.ctypes.data, 0)
 
 
 def test_a_failed_launch_has_the_runtimes_code(simt: Any) -> None:
     simt.fail_launches(2, after=1)
     launch(simt)
-    with pytest.raises(simt.CudaError, match="dequantize") as caught:
+    with pytest.raises(simt.CudaError, match="rms_norm") as caught:
         launch(simt)
     assert isinstance(caught.value, RuntimeError) and caught.value.code == 2
     launch(simt)
@@ -44,8 +43,8 @@ def test_some_errors_stick(simt: Any) -> None:
 
 
 def test_bad_arguments_are_no_cuda_errors(simt: Any) -> None:
-    with pytest.raises(ValueError, match="quant_type"):
-        simt.dequantize(999, 64, 64, 64, False)
+    with pytest.raises(ValueError, match="cols"):
+        simt.rms_norm(64, 1, 3, 0, 0.0, 64, 0)
 
 
 def test_the_core_answers_without_a_driver() -> None:

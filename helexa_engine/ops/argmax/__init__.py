@@ -12,7 +12,6 @@ argmax = Op(
     "argmax",
     "helexa_engine.ops.argmax.reference",
     Implementation("native", "cpu", "helexa_engine.ops.argmax.native"),
-    Implementation("cuda", "cuda", "helexa_engine.ops.argmax.cuda"),
 )
 
 __all__ = ["argmax"]

@@ -19,9 +19,6 @@ causal_conv1d = Op(
     "helexa_engine.ops.causal_conv1d.reference",
     Implementation("native", "cpu", "helexa_engine.ops.causal_conv1d.native", supports=_supports),
     Implementation("cuda", "cuda", "helexa_engine.ops.causal_conv1d.cuda", supports=_supports),
-    Implementation(
-        "triton", "cuda", "helexa_engine.ops.causal_conv1d.triton", needs_native=False, needs_package="triton"
-    ),
 )
 
 __all__ = ["causal_conv1d"]

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from helexa_engine.errors import BackendUnavailable
-from helexa_engine.ops.causal_conv1d import causal_conv1d
 from helexa_engine.ops.gated_delta_rule import gated_delta_rule
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -22,7 +21,6 @@ import re, subprocess, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from helexa_engine.ops.causal_conv1d import triton as conv
 from helexa_engine.ops.gated_delta_rule import triton as rule
 from helexa_engine.ops.gated_delta_rule.tuning import tuning_for
 
@@ -36,11 +34,7 @@ kernels = [
     (rule._recurrent, heads | columns, dict(BLOCK_K=128, num_warps=4)),
 ]
 if sys.argv[1] == "80":
-    kernels += [
-        (rule._gated_norm, dict(V=32, DV=128, BLOCK=128), dict(num_warps=1)),
-        (conv._convolve, dict(TAPS=4, BLOCK_T=conv.BLOCK_TOKENS, BLOCK_C=conv.BLOCK_CHANNELS), {}),
-        (conv._update_state, dict(TAPS=4, BLOCK_C=conv.BLOCK_CHANNELS), {}),
-    ]
+    kernels.append((rule._gated_norm, dict(V=32, DV=128, BLOCK=128), dict(num_warps=1)))
 for kernel, constants, tile in kernels:
     constants = constants | {name: value for name, value in tile.items() if name.isupper()}
     options = {name: value for name, value in tile.items() if not name.isupper()}
@@ -100,20 +94,18 @@ def test_the_kernels_compile_without_spills_for_cards_that_are_not_here(tmp_path
 def test_a_cpu_neither_imports_triton_nor_needs_it() -> None:
     code = """
 import sys
-from helexa_engine.ops.causal_conv1d import causal_conv1d
 from helexa_engine.ops.gated_delta_rule import gated_delta_rule
-for op in (causal_conv1d, gated_delta_rule):
-    for _ in range(2):
-        assert "triton" not in op.choose("cpu", head_k_dim=128, head_v_dim=128).__name__
-        assert sys.modules.get("triton") is None
-        sys.modules["triton"] = None  # as on a machine without it
+for _ in range(2):
+    assert "triton" not in gated_delta_rule.choose("cpu", head_k_dim=128, head_v_dim=128).__name__
+    assert sys.modules.get("triton") is None
+    sys.modules["triton"] = None  # as on a machine without it
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("op", [causal_conv1d, gated_delta_rule], ids=lambda op: op.name)
-def test_forcing_it_where_it_cannot_run_says_why(op, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forcing_it_where_it_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = gated_delta_rule
     monkeypatch.setenv("HELEXA_OPS", f"{op.name}=triton")
     with pytest.raises(BackendUnavailable, match="triton: it runs on cuda, not cpu"):
         op.choose("cpu", head_k_dim=128, head_v_dim=128)

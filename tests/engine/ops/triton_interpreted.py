@@ -8,8 +8,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from helexa_engine.ops.causal_conv1d import reference as conv_reference
-from helexa_engine.ops.causal_conv1d import triton as conv
 from helexa_engine.ops.gated_delta_rule import cuda, reference
 from helexa_engine.ops.gated_delta_rule import triton as rule
 from helexa_engine.ops.gated_delta_rule.tuning import Tile, Tuning, tuning_for
@@ -168,26 +166,6 @@ def test_the_comparison_can_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "taps"), [([1, 1, 2], 4), ([1, 1, 2], 2), ([7, 0, 3], 4), ([63], 2), ([64, 65], 4)], ids=str
-)
-def test_the_convolution_equals_the_twin(lengths: list[int], taps: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(sum(lengths), 90, generator=generator)
-    state = torch.randn(len(lengths) + 2, taps - 1, 72, generator=generator)
-    arguments = {
-        "x": wide[:, 10:82],
-        "weight": torch.randn(72, taps, generator=generator),
-        **packing(lengths),
-    }
-    truth = conv_reference.causal_conv1d(**arguments, conv_state=state.clone(), compute_dtype=torch.float64)
-    twin_state, got_state = state.clone(), state.clone()
-    twin = conv_reference.causal_conv1d(**arguments, conv_state=twin_state)
-    got = conv.causal_conv1d(**arguments, conv_state=got_state)
-    assert not got.isnan().any() and torch.equal(got_state, twin_state)
-    assert (got - truth).abs().max() <= 2 * (twin - truth).abs().max()
-
-
-@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("qkv", torch.zeros(9, 47)),
@@ -199,8 +177,3 @@ def test_the_convolution_equals_the_twin(lengths: list[int], taps: int) -> None:
 def test_tensors_of_a_wrong_kind_are_named(name: str, value: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=name):
         rule.gated_delta_rule(**dict(rule_arguments([5, 4]), **{name: value}))
-    if name == "cu_seqlens":
-        with pytest.raises(ValueError, match=name):
-            conv.causal_conv1d(
-                torch.zeros(9, 8), torch.zeros(8, 4), torch.zeros(4, 3, 8), torch.zeros(2, dtype=torch.int32), value
-            )

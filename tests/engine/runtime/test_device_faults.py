@@ -68,7 +68,7 @@ def test_a_failed_launch_of_ours_is_classified_too(simt: Any, code: int, fault: 
     values = torch.ones(32)
     simt.fail_launches(code)
     with pytest.raises(RuntimeError) as caught:
-        simt.dequantize(0, values.data_ptr(), 32, values.data_ptr(), False)
+        simt.rms_norm(values.data_ptr(), 1, 32, 0, 0.0, torch.empty(32, dtype=torch.bfloat16).data_ptr(), 0)
     assert device_faults.fault_of(caught.value) == fault and device_faults.cuda_code(caught.value) == code
 
 
