@@ -166,6 +166,8 @@ class Op:
         for implementation in self.implementations:
             if forced not in (None, implementation.name):
                 continue
+            if forced is None and implementation.device != device:
+                continue  # no reason that anyone asked for
             reason = implementation.why_not(device, facts, is_here=is_here)
             if reason is None:
                 return Choice(implementation.name, implementation.module, f"on {device}")
@@ -174,4 +176,6 @@ class Op:
             known = ", ".join([*(i.name for i in self.implementations), "reference"])
             detail = "; ".join(reasons) or f"unknown implementation; expected one of {known}"
             raise BackendUnavailable(f"HELEXA_OPS forces {self.name}={forced} on {device} with {facts}: {detail}")
-        return Choice("reference", self.reference, "; ".join(reasons), is_fallback=True)
+        return Choice(
+            "reference", self.reference, "; ".join(reasons) or f"no implementation runs on {device}", is_fallback=True
+        )

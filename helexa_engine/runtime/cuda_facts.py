@@ -101,13 +101,12 @@ def build_facts() -> CudaFacts:
 
 def gather_without_device() -> CudaFacts:
     """The same as :func:`gather` for a process that must not touch a device: driver and devices are NVML's, and those that
-    ``CUDA_VISIBLE_DEVICES`` hides are none."""
-    facts = build_facts()
+    ``CUDA_VISIBLE_DEVICES`` hides are none. Without a driver nothing else is looked at, and the core is not loaded."""
     try:
         driver, cards = nvml.read()
     except nvml.NoDriver:
-        return facts
-    return with_cards(facts, driver, cards)
+        return CudaFacts(kernels=False)
+    return with_cards(build_facts(), driver, cards)
 
 
 def with_cards(facts: CudaFacts, driver: nvml.Driver, cards: Sequence[nvml.Card]) -> CudaFacts:

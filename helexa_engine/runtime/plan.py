@@ -154,7 +154,7 @@ def _device_and_kernels(
     if is_here or cuda.is_emulated():
         obstacle = cuda_device.diagnose()
     elif config.device == "auto":  # by what can be known without torch: a server plans so
-        obstacle = cuda_device.diagnose(cuda_facts.gather())
+        obstacle = cuda_device.diagnose(cuda_facts.gather_without_device())
     if obstacle is not None:
         if config.device == "cuda":
             cuda_device.require_cuda()

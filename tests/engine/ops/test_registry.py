@@ -46,6 +46,16 @@ def test_cuda_needs_kernels_and_the_emulation_has_them(monkeypatch: pytest.Monke
     assert cuda.torch_device("cuda").type == "cuda"
 
 
+def test_a_fallback_names_what_the_device_lacks_and_no_other() -> None:
+    two = Op(
+        "test_op", HERE, Implementation("cuda", "cuda", "json"), Implementation("wide", "cpu", "json", lambda f: False)
+    )
+    assert two.decide("cpu").why.startswith("wide: it does not support")
+    assert (
+        Op("test_op", HERE, Implementation("cuda", "cuda", "json")).decide("cpu").why == "no implementation runs on cpu"
+    )
+
+
 def test_forcing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELEXA_OPS", "quantize=x, test_op=any")
     assert op().choose("cpu", width=16).__name__ == "math"

@@ -190,7 +190,9 @@ def test_what_has_no_kernel_is_refused_or_runs_on_the_cpu(
     from helexa_engine.runtime import plan as module
 
     monkeypatch.setattr(module.paged_attention, "implementations", module.paged_attention.implementations[-1:])
-    with pytest.raises(BackendUnavailable, match="no kernels for this model: paged_attention: native: it runs on cpu"):
+    with pytest.raises(
+        BackendUnavailable, match="no kernels for this model: paged_attention: no implementation runs on cuda"
+    ):
         planned(preset_file, EngineConfig(device="cuda"))
     plan = planned(preset_file, EngineConfig(device="auto"))
     assert plan.device == "cpu" and "paged_attention" in plan.why_device
@@ -219,7 +221,7 @@ def test_a_server_plans_for_a_card_without_torch(preset_file: Path, monkeypatch:
     def asked() -> bool:
         raise AssertionError("torch was asked")
 
-    monkeypatch.setattr(cuda_facts, "gather", lambda: facts)
+    monkeypatch.setattr(cuda_facts, "gather_without_device", lambda: facts)
     monkeypatch.setattr(torch.cuda, "is_available", asked)
     plan = planned(preset_file, EngineConfig(), available=2 * GIB)
     assert (plan.device, plan.memory.available_bytes) == ("cuda", 2 * GIB)
