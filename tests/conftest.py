@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,17 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HELEXA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         yield
+
+
+@pytest.fixture(scope="session")
+def simt() -> Any:
+    """The CUDA kernels under the emulation of ``csrc/simt``; where it is not built the test is skipped."""
+    from helexa_engine.testing.cuda_core import emulation
+
+    module = emulation()
+    if module is None:
+        pytest.skip("the emulation is not built: scripts/build_native does")
+    return module
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -210,9 +210,6 @@ inline uint32_t bfloat16_pair(float low, float high) {
 // 2^x to about 2 units of the last place, denormal results 0; of -infinity 0.
 inline float exp2_fast(float x) { return exp2f(x); }
 
-// The product, rounded: never part of a fused multiplication and addition.
-inline float rounded_product(float a, float b) { return a * b; }
-
 // The value, of which the compiler knows nothing from here on: in a loop, what is computed from it is computed anew
 // each time instead of lying in registers all along.
 inline int opaque(int value) { return value; }
@@ -420,8 +417,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-
-__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));

@@ -62,9 +62,9 @@ __device__ __forceinline__ void norm_and_rotate(float (&head)[kValues], const fl
   for (int i = 0; i < kValues; ++i) {
     const int d = lane_index() + 32 * i;
     if (d < half)
-      head[i] = rounded_product(head[i], cos_sin[d]) - rounded_product(exchange[d + half], cos_sin[d + half]);
+      head[i] = multiply_rounded(head[i], cos_sin[d]) - multiply_rounded(exchange[d + half], cos_sin[d + half]);
     else if (d < p.rotary_dim)
-      head[i] = rounded_product(head[i], cos_sin[d - half]) + rounded_product(exchange[d - half], cos_sin[d]);
+      head[i] = multiply_rounded(head[i], cos_sin[d - half]) + multiply_rounded(exchange[d - half], cos_sin[d]);
   }
   sync_warp();
 }
@@ -105,7 +105,7 @@ __device__ __forceinline__ void store_head(const float (&head)[kValues], const P
     const bool finite = ballot(!(fabsf(head[i]) <= 3.402823466e38f)) == 0;
     float over = 1.0f / scale;
     if (!(over <= 3.402823466e38f)) over = 0.0f;
-    const float scaled = rounded_product(head[i], over);
+    const float scaled = multiply_rounded(head[i], over);
     codes[lane + 32 * i] = finite ? int8_t(int(scaled + copysignf(0.5f, scaled))) : int8_t(0);
     if (lane == 0) scales[i] = finite ? half_from_float(fminf(scale, 65504.0f)) : uint16_t(0x7e00);
   }

@@ -15,6 +15,7 @@
 
 #include "quant_matvec.h"
 #include "quant_planes.cuh"
+#include "quantised_rows.cuh"
 
 namespace helexa::cuda {
 namespace {
@@ -120,40 +121,6 @@ __device__ __forceinline__ Vector<float, 4> normalised(const Call& call, int row
       if (column + j < call.cols) four[j] = call.norm_weight[column + j] * (four[j] * factor);
   }
   return four;
-}
-
-// Eight neighbouring lanes have four of 32 values each. What one of them stores.
-struct QuantisedFour {
-  uint32_t codes;
-  float scale, total;  // the total of its 16 values
-};
-__device__ __forceinline__ QuantisedFour quantised(const Vector<float, 4>& four) {
-  uint32_t largest = 0;  // magnitudes have the order of their bits; those of infinities and NaNs come last
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const uint32_t bits = bit_cast<uint32_t>(four[j]) & 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-#pragma unroll
-  for (int mask = 1; mask < 8; mask *= 2) {
-    const uint32_t other = shuffle_xor(largest, mask);
-    largest = other > largest ? other : largest;
-  }
-  const bool finite = largest < 0x7f800000u;
-  const float magnitude = bit_cast<float>(largest);
-  const float inverse = finite && magnitude > 1e-30f ? 127.0f / magnitude : 0.0f;
-  QuantisedFour out = {0, finite ? magnitude / 127.0f : bit_cast<float>(0x7fc00000u), 0.0f};  // NaN must not vanish
-  int sum = 0;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int code = finite ? round_to_int(four[j] * inverse) : 0;
-    out.codes |= uint32_t(code & 255) << 8 * j;
-    sum += code;
-  }
-  sum += shuffle_xor(sum, 1);
-  sum += shuffle_xor(sum, 2);
-  out.total = out.scale * float(sum);
-  return out;
 }
 
 // All columns of row `row` from x through `store_codes(column, QuantisedFour)` or `store_numbers(column, four)`, by the

@@ -7,15 +7,16 @@
 
 namespace helexa::cuda {
 
-// Eight neighbouring lanes hold 32 neighbouring values, four each; this lane's begin at `at` of the arrays, a multiple
-// of four. codes [n] of int8, scales [n / 16] of pairs (scale, sum). All lanes of the warp call it, those that hold
-// nothing with `holds` false.
-__device__ __forceinline__ void store_quantised(const Vector<float, 4>& values, bool holds, uint8_t* codes,
-                                                float* scales, int64_t at) {
+// Eight neighbouring lanes have four of 32 values each. What one of them stores.
+struct QuantisedFour {
+  uint32_t codes;
+  float scale, total;  // the total of its 16 values
+};
+__device__ __forceinline__ QuantisedFour quantised(const Vector<float, 4>& four) {
   uint32_t largest = 0;  // magnitudes have the order of their bits; those of infinities and NaNs come last
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t bits = bit_cast<uint32_t>(values[i]) & 0x7fffffffu;
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t bits = bit_cast<uint32_t>(four[j]) & 0x7fffffffu;
     largest = bits > largest ? bits : largest;
   }
 #pragma unroll
@@ -26,20 +27,28 @@ __device__ __forceinline__ void store_quantised(const Vector<float, 4>& values, 
   const bool finite = largest < 0x7f800000u;
   const float magnitude = bit_cast<float>(largest);
   const float inverse = finite && magnitude > 1e-30f ? 127.0f / magnitude : 0.0f;
-  const float scale = finite ? magnitude / 127.0f : bit_cast<float>(0x7fc00000u);  // NaN must not vanish
-  uint32_t packed = 0;
+  QuantisedFour out = {0, finite ? magnitude / 127.0f : bit_cast<float>(0x7fc00000u), 0.0f};  // NaN must not vanish
   int sum = 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int code = finite ? int(rintf(values[i] * inverse)) : 0;
-    packed |= uint32_t(code & 255) << 8 * i;
+  for (int j = 0; j < 4; ++j) {
+    const int code = finite ? round_to_int(four[j] * inverse) : 0;
+    out.codes |= uint32_t(code & 255) << 8 * j;
     sum += code;
   }
   sum += shuffle_xor(sum, 1);
   sum += shuffle_xor(sum, 2);
+  out.total = out.scale * float(sum);
+  return out;
+}
+
+// The same into memory, this lane's at `at` of the arrays, a multiple of four. codes [n] of int8, scales [n / 16] of
+// pairs (scale, total). All lanes of the warp call it, those that hold nothing with `holds` false.
+__device__ __forceinline__ void store_quantised(const Vector<float, 4>& values, bool holds, uint8_t* codes,
+                                                float* scales, int64_t at) {
+  const QuantisedFour four = quantised(values);
   if (!holds) return;
-  store_global(codes + at, packed);
-  if (lane_index() % 4 == 0) store_global(scales + at / 8, Vector<float, 2>{scale, scale * float(sum)});
+  store_global(codes + at, four.codes);
+  if (lane_index() % 4 == 0) store_global(scales + at / 8, Vector<float, 2>{four.scale, four.total});
 }
 
 }  // namespace helexa::cuda

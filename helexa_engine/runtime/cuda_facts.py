@@ -45,7 +45,7 @@ class CudaFacts:
     """All that :func:`obstacle` judges by.
 
     Attributes:
-        kernels: whether the core was built with nvcc.
+        kernels: whether the core was built with nvcc; False too where there is no driver and nobody looked.
         architectures: what it was built for: ``80``, ``90a``.
         runtime: the CUDA that it was built with, 13000 for 13.0; 0 without kernels.
         driver: the newest CUDA that the driver has; 0 without a driver.

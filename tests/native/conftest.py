@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helexa_engine.testing.cuda_core import CardCore, EmulatedCore, emulation
+from helexa_engine.testing.cuda_core import CardCore, EmulatedCore
 
 #: Behind the first guard page with threads in order; before the second one with threads in another.
 PLACES = ["emulated_in_order", "emulated_shuffled", *(["card"] if torch.cuda.is_available() else [])]
@@ -15,7 +15,6 @@ PLACES = ["emulated_in_order", "emulated_shuffled", *(["card"] if torch.cuda.is_
 def cuda_core(request: pytest.FixtureRequest) -> CardCore | EmulatedCore:
     if request.param == "card":
         return CardCore()
-    if emulation() is None:
-        pytest.skip("the emulation is not built: scripts/build_native does")
+    request.getfixturevalue("simt")
     in_order = request.param == "emulated_in_order"
     return EmulatedCore(at_front=in_order, thread_order=0 if in_order else 7)

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 
 from helexa_engine.ops import cuda
-from helexa_engine.testing.cuda_core import emulation
 
 
 @pytest.fixture
-def simt() -> Iterator[Any]:
-    module = emulation()
-    if module is None:
-        pytest.skip("the emulation is not built: scripts/build_native does")
-    yield module
-    module.fail_launches(0)
+def simt(simt: Any) -> Iterator[Any]:
+    """The kernels, whose launches may be made to fail."""
+    yield simt
+    simt.fail_launches(0)
 
 
 def launch(kernels: Any) -> None:

@@ -233,12 +233,8 @@ def test_products_are_finished(cuda_core, add: bool) -> None:
     assert torch.equal(torch.from_numpy(cuda_core.get(out)), expected)
 
 
-def test_splits_fill_a_device_with_few_tiles() -> None:
-    from helexa_engine.testing.cuda_core import emulation
-
-    if (kernels := emulation()) is None:
-        pytest.skip("the emulation is not built")
-    splits = kernels.quant_matmul_splits
+def test_splits_fill_a_device_with_few_tiles(simt) -> None:
+    splits = simt.quant_matmul_splits
     assert splits([4096], 4096, 16, False, 132) == 8
     assert splits([24576], 4096, 16, False, 132) == 1
     assert splits([64, 64], 1024, 16, True, 132) == 2  # of at least eight steps

@@ -8,22 +8,6 @@ import pytest
 import torch
 
 from helexa_engine.ops.registry import native_core
-from helexa_engine.testing.cuda_core import emulated_cuda, emulation
-
-#: Where an op's ``cuda.py`` is tested: everywhere under the emulation, and on a card where there is one.
-CUDA_PLACES = ["emulated", *(["card"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(params=[pytest.param(p, marks=pytest.mark.gpu if p == "card" else ()) for p in CUDA_PLACES])
-def cuda_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The device of the tensors that an op on ``"cuda"`` is given: under the emulation it is the CPU."""
-    if request.param == "card":
-        yield torch.device("cuda")
-        return
-    if emulation() is None:
-        pytest.skip("the emulation is not built: scripts/build_native does")
-    with emulated_cuda(thread_order=7):
-        yield torch.device("cpu")
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])

@@ -30,7 +30,7 @@ from helexa_engine.runtime.memory import graph_sizes
 from helexa_engine.runtime.model_runner import ModelRunner
 from helexa_engine.runtime.plan import ModelPlan, plan_model
 from helexa_engine.testing.checkpoints import write_folder, write_gguf
-from helexa_engine.testing.cuda_core import emulated_cuda, emulation
+from helexa_engine.testing.cuda_core import emulated_cuda
 from helexa_engine.weights.checkpoint import open_checkpoint
 
 from .test_workspace import LiveBytes, counted
@@ -39,9 +39,7 @@ GIB = 2**30
 
 
 @pytest.fixture
-def emulated() -> Iterator[None]:
-    if emulation() is None:
-        pytest.skip("the emulation is not built: scripts/build_native does")
+def emulated(simt: Any) -> Iterator[None]:
     with emulated_cuda():
         yield
 

@@ -18,7 +18,6 @@ from helexa_engine.runtime.engine_thread import EngineThread
 from helexa_engine.runtime.exchange import EngineRequest, StepOutput
 from helexa_engine.runtime.load import load_model
 from helexa_engine.sampling_params import SamplingParams
-from helexa_engine.testing.cuda_core import emulation
 from helexa_engine.testing.toy_model import ToyModel, toy_engine
 
 
@@ -54,13 +53,11 @@ def test_faults_are_told_by_type_and_code(error: Exception, fault: str | None) -
 
 
 @pytest.fixture
-def simt() -> Iterator[Any]:
-    module = emulation()
-    if module is None:
-        pytest.skip("the emulation is not built: scripts/build_native does")
-    with cuda.emulated(module):
-        yield module
-    module.fail_launches(0)
+def simt(simt: Any) -> Iterator[Any]:
+    """The kernels that a model on CUDA computes with, whose launches may be made to fail."""
+    with cuda.emulated(simt):
+        yield simt
+    simt.fail_launches(0)
 
 
 @pytest.mark.parametrize(("code", "fault"), [(2, "out_of_memory"), (700, "device_lost"), (98, None)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from helexa_engine.runtime.exchange import EngineRequest
 from helexa_engine.runtime.sampler import Logprobs, NotFinite, Outcome, Sampler, SamplingFailed, sample_rows
 from helexa_engine.sampling_params import SamplingParams, StructuredOutput
 from helexa_engine.testing.checkpoints import write_qwen3_folder
-from helexa_engine.testing.cuda_core import emulated_cuda, emulation
 from helexa_engine.testing.toy_model import ToyModel, toy_engine
 
 PLACES = ["emulated", *(["card"] if torch.cuda.is_available() else [])]
@@ -33,15 +31,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=[pytest.param(p, marks=pytest.mark.gpu if p == "card" else ()) for p in PLACES])
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    if request.param == "card":
-        yield torch.device("cuda")
-        return
-    if emulation() is None:
-        pytest.skip("the emulation is not built: scripts/build_native does")
-    with emulated_cuda():
-        yield torch.device("cpu")
+@pytest.fixture
+def device(cuda_device: torch.device) -> torch.device:
+    return cuda_device
 
 
 class Only:
