@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.engine import aggregate, base, goals, llama_cpp, prefix, step_overhead
+from benchmarks.engine.busy import busy_processes
 from benchmarks.engine.cases import GROUPS, ON_CARD, Case, is_recorded, rows_of
 from benchmarks.engine.summary import newest_pairs, summary
 from benchmarks.load.agreement import disagreements
@@ -45,7 +48,8 @@ def test_a_row_counts_for_its_commit_level_and_lengths_with_the_peers_behind_it(
         return is_recorded(CASE, rows, commit="abc", instruction_set="avx512", peer=peer)
 
     assert not recorded([]) and recorded([row()])
-    for change in ({"commit": "abd"}, {"decode_context": 0}, {"prefill_tokens": 512}, {"model": "qwen3-0.6b Q6_K"}):
+    for change in ({"commit": "abd"}, {"decode_context": 0}, {"prefill_tokens": 512}, {"model": "qwen3-0.6b Q6_K"},
+                   {"busy_processes": 1}):  # fmt: skip
         assert not recorded([row(**change)])
     assert not recorded([row(machine={"instruction_set": "avx2"})])
     without_context = {key: value for key, value in row().items() if key != "decode_context"}  # as older rows are
@@ -63,8 +67,20 @@ def test_the_summary_takes_the_newest_pair_and_the_geometric_mean() -> None:
     rows = [slow, peer, fast, peer | {"date": "later"}, fast, other, peer, other, peer | {"date": "another run"}]
     assert newest_pairs(rows) == [(fast, peer | {"date": "later"}), (other, peer)]
     assert newest_pairs(rows, "abc") == [(slow, peer), (other, peer)]
-    last = summary(newest_pairs(rows)).splitlines()[-1]
+    beside = [one | {"busy_processes": 1, "decode_tokens_per_second": rate} for one, rate in ((slow, 9.0), (peer, 3.0))]
+    *lines, last = summary(newest_pairs([*rows, *beside])).splitlines()
     assert "geometric mean of 2: prefill 4.00x (least 2.00x), decode 1.00x (least 1.00x)" in last
+    assert lines[-1].endswith("beside 1 busy") and "3.00x" in lines[-1]  # shown, and not in the mean
+
+
+def test_busy_processes_compute_until_they_are_ended() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with pytest.raises(ZeroDivisionError), busy_processes(2) as processes:
+        time.sleep(0.5)
+        assert [process.poll() for process in processes] == [None, None]
+        raise ZeroDivisionError
+    assert all(process.poll() is not None for process in processes)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before > 0.1
 
 
 @pytest.mark.skipif(native_core() is None, reason="benchmarks measure the native core")

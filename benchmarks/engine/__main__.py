@@ -16,6 +16,7 @@ from helexa_engine.runtime.cuda_device import require_cuda
 from helexa_engine.weights.checkpoint import Checkpoint
 
 from . import base, llama_cpp
+from .busy import busy_processes
 from .cases import GROUPS, ON_CARD, Case, is_recorded, rows_of
 from .goals import judged
 
@@ -48,6 +49,7 @@ def main() -> int:
     parser.add_argument("--max-num-batched-tokens", type=int, help="as of helexa serve; default: 512, and 4096 on cuda")
     parser.add_argument("--decode-tokens", type=int, default=64, help="[64]")
     parser.add_argument("--decode-context", type=int, default=0, help="tokens in the context of a decode step [0]")
+    parser.add_argument("--busy-processes", type=int, default=0, help="others that compute meanwhile [0]")
     parser.add_argument("--repetitions", type=int, default=5, help="[5]")
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="rows are appended here [benchmarks/results/engine.jsonl]"
@@ -57,7 +59,7 @@ def main() -> int:
         if arguments.group:
             return measure_groups(arguments)
         first, *more = arguments.prompt_tokens
-        shape = (first, arguments.decode_tokens, arguments.decode_context, tuple(more))
+        shape = (first, arguments.decode_tokens, arguments.decode_context, tuple(more), arguments.busy_processes)
         cases = [Case(arguments.preset, quant, *shape) for quant in arguments.quant]
         models: list[tuple[str, str | Checkpoint]] = [(Path(model).name, model) for model in arguments.models] or [
             (case.name, _model(case, arguments)) for case in cases
@@ -105,32 +107,35 @@ def _model(case: Case, arguments: argparse.Namespace) -> str | Checkpoint:
 def measure_file(name: str, model: str | Checkpoint, case: Case, arguments: argparse.Namespace) -> None:
     """One row, and the peer's behind it. Both are written at once, so that a broken run leaves no half."""
     tokens = arguments.max_num_batched_tokens or (512 if arguments.device == "cpu" else 4096)
-    row = measure(
-        model,
-        EngineConfig(
-            device=arguments.device,
-            max_num_batched_tokens=tokens,
-            num_threads=arguments.num_threads,
-            memory_fraction=arguments.memory_fraction,
-            mmap_experts=arguments.mmap_experts,
-            kv_dtype=arguments.kv_dtype,
-        ),
-        name=name,
-        prompt_tokens=[case.prompt_tokens, *case.more_prompts],
-        decode_tokens=case.decode_tokens,
-        decode_context=case.decode_context,
-        repetitions=arguments.repetitions,
+    config = EngineConfig(
+        device=arguments.device,
+        max_num_batched_tokens=tokens,
+        num_threads=arguments.num_threads,
+        memory_fraction=arguments.memory_fraction,
+        mmap_experts=arguments.mmap_experts,
+        kv_dtype=arguments.kv_dtype,
     )
-    print(report(row), flush=True)
-    if arguments.device == "cuda":
-        print("\n".join(map(str, judged(row))), flush=True)
-    if arguments.peer_llama_bench is None:
-        append_row(arguments.output, row)
-        return
-    peer = llama_cpp.measure(arguments.peer_llama_bench, Path(str(model)), row)
-    print(llama_cpp.compare(row, peer), flush=True)
-    append_row(arguments.output, row)
-    append_row(arguments.output, peer)
+    with busy_processes(case.busy_processes):
+        row = measure(
+            model,
+            config,
+            name=name,
+            prompt_tokens=[case.prompt_tokens, *case.more_prompts],
+            decode_tokens=case.decode_tokens,
+            decode_context=case.decode_context,
+            repetitions=arguments.repetitions,
+        )
+        if case.busy_processes:
+            row["busy_processes"] = case.busy_processes
+        print(report(row), flush=True)
+        if arguments.device == "cuda":
+            print("\n".join(map(str, judged(row))), flush=True)
+        rows = [row]
+        if arguments.peer_llama_bench is not None:
+            rows.append(llama_cpp.measure(arguments.peer_llama_bench, Path(str(model)), row))
+            print(llama_cpp.compare(*rows), flush=True)
+    for one in rows:
+        append_row(arguments.output, one)
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """One row: prefill of ``prompt_tokens``, then ``decode_tokens`` steps behind ``decode_context`` tokens. On a card prompts of
-    ``more_prompts`` too."""
+    """One row: prefill of ``prompt_tokens``, then ``decode_tokens`` steps behind ``decode_context`` tokens; beside
+    ``busy_processes`` that compute. On a card prompts of ``more_prompts`` too."""
 
     preset: str
     quant: str
@@ -20,6 +20,7 @@ class Case:
     decode_tokens: int = 64
     decode_context: int = 0
     more_prompts: tuple[int, ...] = ()
+    busy_processes: int = 0
 
     @property
     def name(self) -> str:
@@ -27,8 +28,8 @@ class Case:
 
     def describes(self, row: dict[str, Any]) -> bool:
         """Whether ``row`` is of this case."""
-        return (self.name, self.prompt_tokens, self.decode_tokens, self.decode_context) == (
-            row["model"], row["prefill_tokens"], row["decode_tokens"], row.get("decode_context", 0),
+        return (self.name, self.prompt_tokens, self.decode_tokens, self.decode_context, self.busy_processes) == (
+            row["model"], row["prefill_tokens"], row["decode_tokens"], row.get("decode_context", 0), row.get("busy_processes", 0),
         )  # fmt: skip
 
 
@@ -42,6 +43,7 @@ GROUPS: dict[str, list[Case]] = {
     "small-long": [Case(preset, quant, 4096, 64, 4096) for preset in SMALL for quant in QUANTS],
     "medium": [Case(preset, quant, 512, 32) for preset in MEDIUM for quant in QUANTS[:2]],
     "medium-short": [Case(preset, quant, 64, 32) for preset in MEDIUM for quant in QUANTS[:2]],
+    "busy": [Case(preset, "Q4_K_M", busy_processes=1) for preset in SMALL],
     "experts": [Case("qwen3-30b-a3b", "Q4_K_M", 64, 32)],
 }
 

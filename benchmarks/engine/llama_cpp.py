@@ -17,9 +17,9 @@ def measure(program: Path, model: Path, ours: dict[str, Any]) -> dict[str, Any]:
     step_bytes = ours["decode_bytes_per_token"] + ours.get("decode_kv_bytes_per_token", 0)
     shared = (
         "benchmark", "model", "date", "machine", "threads", "repetitions", "read_bytes_per_second", "file_bytes",
-        "prefill_tokens", "decode_tokens", "decode_context", "decode_bytes_per_token",
+        "prefill_tokens", "decode_tokens", "decode_context", "decode_bytes_per_token", "busy_processes",
     )  # fmt: skip
-    return {key: ours[key] for key in shared} | {
+    return {key: ours[key] for key in shared if key in ours} | {
         "engine": "llama.cpp",
         "commit": prefill["build_commit"],
         "prefill_tokens_per_second": round(statistics.median(prefill["samples_ts"]), 2),

@@ -1,6 +1,7 @@
 """``python -m benchmarks.engine.summary``: the newest pair of rows of each case, helexa over llama.cpp, and the geometric means.
 
-Pairs stand in ``benchmarks/results/engine.jsonl`` one behind the other. Levels of instruction sets are summed up apart.
+Pairs stand in ``benchmarks/results/engine.jsonl`` one behind the other. Levels of instruction sets are summed up apart; what ran
+beside busy processes is shown and not summed up.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def newest_pairs(rows: Iterable[Row], commit: str | None = None) -> list[tuple[R
             continue
         if commit is None or str(ours["commit"]).startswith(commit):
             level = ours["machine"]["instruction_set"]
-            key = (level, ours["model"], ours["prefill_tokens"], ours["decode_tokens"], ours.get("decode_context", 0))
+            lengths = (ours["prefill_tokens"], ours["decode_tokens"], ours.get("decode_context", 0))
+            key = (level, ours["model"], *lengths, ours.get("busy_processes", 0))
             pairs.pop(key, None)  # a newer one goes to the end
             pairs[key] = (ours, peer)
     return list(pairs.values())
@@ -39,11 +41,14 @@ def summary(pairs: list[tuple[Row, Row]]) -> str:
     for ours, peer in pairs:
         level = ours["machine"]["instruction_set"]
         prefill, decode = (ours[key] / peer[key] for key in ("prefill_tokens_per_second", "decode_tokens_per_second"))
-        ratios.setdefault(level, []).append((prefill, decode))
+        busy = ours.get("busy_processes", 0)
+        if not busy:
+            ratios.setdefault(level, []).append((prefill, decode))
         lines.append(
             f"{level:8} {ours['model']:22} prefill {ours['prefill_tokens']:5}: {ours['prefill_tokens_per_second']:7.1f} {prefill:5.2f}x   "
             f"decode @{ours.get('decode_context', 0):<5} {ours['decode_tokens_per_second']:6.1f} {decode:5.2f}x, "
             f"{ours['decode_share_of_bandwidth']:.0%} of bandwidth   {ours['commit']}"
+            + (f"   beside {busy} busy" if busy else "")
         )
     for level, values in ratios.items():
         prefill, decode = (

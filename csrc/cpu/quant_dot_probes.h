@@ -1,32 +1,63 @@
 // What a level can multiply and read at most, for probes.h, over `Lanes`.
 // Included by quant_dot_kernels.h, inside its unnamed namespace.
 
-double int8_rate_loop(int64_t turns) {
+// Numbers a little below 1 that the compiler cannot know. Where sums began alike, or halves of a register pair did, it
+// would see that they stay alike, and multiply once for all of them.
+struct Unknown {
+  float numbers[8][kLanes];
+
+  Unknown() {
+    volatile float number = 0.999f;
+    for (auto& row : numbers) {
+      for (float& one : row) one = number, number = number * 0.9999f;
+    }
+  }
+  F floats(int i) const { return Lanes::load(numbers[i]); }
+  I integers(int i) const { return Lanes::splat_shifted(int32_t(1e6f * numbers[i][0]), 0); }
+};
+
+// As the matmuls multiply: where sums of products are kept narrow for a while, codes are read for each product, which
+// the compiler would else move out of the loop.
+template <class L>
+double int8_rate_of(int64_t turns) {
   constexpr int kChains = 8;
-  alignas(64) uint8_t bytes[64];
-  for (int i = 0; i < 64; ++i) bytes[i] = uint8_t(i);
-  const B codes = Lanes::load_bytes(bytes);
+  const Unknown unknown;
+  alignas(64) uint8_t bytes[2 * kChains][64];
+  for (int i = 0; i < 2 * kChains * 64; ++i) bytes[i / 64][i % 64] = uint8_t(i % 61);
   const int8_t four[4] = {1, -2, 3, -4};
-  const Lanes::X x = Lanes::quad(four);
+  const typename L::X x = L::quad(four);
   I sum[kChains];
-  for (auto& s : sum) s = Lanes::izero();
-  for (int64_t t = 0; t < turns; ++t) {
+  for (int c = 0; c < kChains; ++c) sum[c] = unknown.integers(c);
+  if constexpr (L::kNarrowSums) {
+    for (int64_t t = 0; t < turns; ++t) {
+      const auto* codes = bytes + t % kChains;
+      B narrow = L::products(L::load_bytes(codes[0]), x);
 #pragma GCC unroll Lanes::kUnroll
-    for (int c = 0; c < kChains; ++c) sum[c] = Lanes::dot(sum[c], codes, x);
+      for (int c = 1; c < kChains; ++c) narrow = L::add_narrow(narrow, L::products(L::load_bytes(codes[c]), x));
+      sum[0] = L::add_widened(sum[0], narrow);
+    }
+  } else {
+    const B codes = L::load_bytes(bytes[0]);
+    for (int64_t t = 0; t < turns; ++t) {
+#pragma GCC unroll Lanes::kUnroll
+      for (int c = 0; c < kChains; ++c) sum[c] = L::dot(sum[c], codes, x);
+    }
   }
   float out[kLanes];
   volatile float sink;
-  for (const auto& s : sum) Lanes::store(out, Lanes::to_float(s)), sink = out[0];
+  for (const auto& s : sum) L::store(out, L::to_float(s)), sink = out[0];
   (void)sink;
   return double(turns) * kChains * 64;
 }
 
+double int8_rate_loop(int64_t turns) { return int8_rate_of<Lanes>(turns); }
+
 double float_rate_loop(int64_t turns) {
   constexpr int kChains = 8;
-  volatile float one = 0.999f;
-  const F w = Lanes::splat(one);
+  const Unknown unknown;
+  const F w = unknown.floats(0);
   F sum[kChains];
-  for (auto& s : sum) s = w;
+  for (int c = 0; c < kChains; ++c) sum[c] = unknown.floats(c);
   for (int64_t t = 0; t < turns; ++t) {
 #pragma GCC unroll Lanes::kUnroll
     for (int c = 0; c < kChains; ++c) sum[c] = Lanes::fma(sum[c], w, w);
@@ -40,12 +71,13 @@ double float_rate_loop(int64_t turns) {
 
 double bfloat16_rate_loop(int64_t turns) {
   constexpr int kChains = 8;
-  alignas(64) uint16_t ones[32];
-  for (auto& one : ones) one = 0x3f80;
+  const Unknown unknown;
+  alignas(64) uint16_t ones[32];  // and other numbers near 1, for no two halves of a register pair to be alike
+  for (int i = 0; i < 32; ++i) ones[i] = uint16_t(0x3f70 + i);
   const B w = Lanes::load_bytes(reinterpret_cast<const uint8_t*>(ones));
   const Lanes::X x = Lanes::quad(reinterpret_cast<const int8_t*>(ones));
   F sum[kChains];
-  for (auto& s : sum) s = Lanes::zero();
+  for (int c = 0; c < kChains; ++c) sum[c] = unknown.floats(c);
   for (int64_t t = 0; t < turns; ++t) {
 #pragma GCC unroll Lanes::kUnroll
     for (int c = 0; c < kChains; ++c) sum[c] = Lanes::dot_bfloat16(sum[c], w, x);
