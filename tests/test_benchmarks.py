@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import resource
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.engine import __main__ as engine_main
 from benchmarks.engine import aggregate, base, goals, llama_cpp, prefix, step_overhead
 from benchmarks.engine.busy import busy_processes
 from benchmarks.engine.cases import GROUPS, ON_CARD, Case, is_recorded, rows_of
@@ -130,7 +133,9 @@ def test_recorded_rows_can_be_read_and_say_what_they_compare() -> None:
     assert rows_of(Path("/nowhere/engine.jsonl")) == []
 
 
-def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path) -> None:
+def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bandwidths = iter([6e10, 2e10])
+    monkeypatch.setattr(llama_cpp, "require_native", lambda: SimpleNamespace(read_bandwidth=lambda: next(bandwidths)))
     program, calls = tmp_path / "llama-bench", tmp_path / "calls"
     answer = json.dumps({"samples_ts": [99.0, 100.0, 104.0], "build_commit": "b1"})
     program.write_text(f"#!/bin/sh\necho \"$@\" >> {calls}\necho noise\necho '{answer}'\n")
@@ -142,8 +147,29 @@ def test_the_peer_runs_the_same_lengths_and_threads(tmp_path: Path) -> None:
     ]
     assert (peer["engine"], peer["commit"], peer["prefill_tokens_per_second"]) == ("llama.cpp", "b1", 100.0)
     assert peer["decode_share_of_bandwidth"] == pytest.approx(100 * 1e9 / 4e10)
+    assert peer["read_bytes_per_second"] == 4e10 and not llama_cpp.memory_changed(row(), peer)
+    assert llama_cpp.memory_changed(row(), peer | {"read_bytes_per_second": 4.5e10})
+    assert llama_cpp.memory_changed(row(), peer | {"read_bytes_per_second": 3.5e10})
     text = llama_cpp.compare(row(), peer)
     assert "prefill 100.0 tokens/s, helexa is 2.00x" in text and "decode 100.0 tokens/s, helexa is 0.30x" in text
+
+
+@pytest.mark.parametrize(("speeds", "kept"), [([4.0, 9.0], 0), ([5.0, 4.2, 9.0], 1), ([5.0, 2.0, 3.0, 9.0], 2)])
+def test_a_pair_in_which_memory_changed_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speeds: list[float], kept: int
+) -> None:
+    """Three times at most, and whatever the pair showed."""
+    attempts = [row("llama.cpp", read_bytes_per_second=speed * 1e10) for speed in speeds]
+    left = iter(attempts)
+    monkeypatch.setattr(engine_main, "measure", lambda *args, **options: row())
+    monkeypatch.setattr(engine_main, "report", lambda row: "")
+    monkeypatch.setattr(llama_cpp, "measure", lambda *args: next(left))
+    output = tmp_path / "engine.jsonl"
+    monkeypatch.setattr(
+        sys, "argv", ["engine", "m.gguf", "--attempts", "3", "--peer-llama-bench", "x", "--output", str(output)]
+    )
+    assert engine_main.main() == 0
+    assert rows_of(output) == [row(), attempts[kept]]
 
 
 @pytest.mark.parametrize(

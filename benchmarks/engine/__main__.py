@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from helexa_engine.cli import device_ceilings, machine
 from helexa_engine.cli.bench import append_row, measure, preset_file, preset_model, report
@@ -51,6 +52,12 @@ def main() -> int:
     parser.add_argument("--decode-context", type=int, default=0, help="tokens in the context of a decode step [0]")
     parser.add_argument("--busy-processes", type=int, default=0, help="others that compute meanwhile [0]")
     parser.add_argument("--repetitions", type=int, default=5, help="[5]")
+    parser.add_argument(
+        "--attempts",
+        type=int,
+        default=1,
+        help="measure a pair again, so often in all, when memory's speed changed in it [1]",
+    )
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="rows are appended here [benchmarks/results/engine.jsonl]"
     )
@@ -115,27 +122,34 @@ def measure_file(name: str, model: str | Checkpoint, case: Case, arguments: argp
         mmap_experts=arguments.mmap_experts,
         kv_dtype=arguments.kv_dtype,
     )
-    with busy_processes(case.busy_processes):
-        row = measure(
-            model,
-            config,
-            name=name,
-            prompt_tokens=[case.prompt_tokens, *case.more_prompts],
-            decode_tokens=case.decode_tokens,
-            decode_context=case.decode_context,
-            repetitions=arguments.repetitions,
-        )
-        if case.busy_processes:
-            row["busy_processes"] = case.busy_processes
-        print(report(row), flush=True)
-        if arguments.device == "cuda":
-            print("\n".join(map(str, judged(row))), flush=True)
-        rows = [row]
-        if arguments.peer_llama_bench is not None:
-            rows.append(llama_cpp.measure(arguments.peer_llama_bench, Path(str(model)), row))
-            print(llama_cpp.compare(*rows), flush=True)
-    for one in rows:
-        append_row(arguments.output, one)
+    for attempt in range(1, arguments.attempts + 1):
+        with busy_processes(case.busy_processes):
+            rows = [_our_row(name, model, case, config, arguments.repetitions)]
+            if arguments.peer_llama_bench is not None:
+                rows.append(llama_cpp.measure(arguments.peer_llama_bench, Path(str(model)), rows[0]))
+                print(llama_cpp.compare(*rows), flush=True)
+        if attempt == arguments.attempts or len(rows) == 1 or not llama_cpp.memory_changed(*rows):
+            break
+    for row in rows:
+        append_row(arguments.output, row)
+
+
+def _our_row(name: str, model: str | Checkpoint, case: Case, config: EngineConfig, repetitions: int) -> dict[str, Any]:
+    row = measure(
+        model,
+        config,
+        name=name,
+        prompt_tokens=[case.prompt_tokens, *case.more_prompts],
+        decode_tokens=case.decode_tokens,
+        decode_context=case.decode_context,
+        repetitions=repetitions,
+    )
+    if case.busy_processes:
+        row["busy_processes"] = case.busy_processes
+    print(report(row), flush=True)
+    if config.device == "cuda":
+        print("\n".join(map(str, judged(row))), flush=True)
+    return row
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:
