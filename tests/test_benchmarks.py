@@ -17,7 +17,7 @@ from benchmarks.engine import __main__ as engine_main
 from benchmarks.engine import aggregate, base, goals, llama_cpp, prefix, step_overhead
 from benchmarks.engine.busy import busy_processes
 from benchmarks.engine.cases import GROUPS, ON_CARD, Case, is_recorded, rows_of
-from benchmarks.engine.summary import newest_pairs, summary
+from benchmarks.engine.summary import below, newest_pairs, summary
 from benchmarks.load.agreement import disagreements
 from helexa_engine import LLM
 from helexa_engine.cli.bench import measure, prefill_operations, preset_file, preset_model, report
@@ -74,6 +74,17 @@ def test_the_summary_takes_the_newest_pair_and_the_geometric_mean() -> None:
     *lines, last = summary(newest_pairs([*rows, *beside])).splitlines()
     assert "geometric mean of 2: prefill 4.00x (least 2.00x), decode 1.00x (least 1.00x)" in last
     assert lines[-1].endswith("beside 1 busy") and "3.00x" in lines[-1]  # shown, and not in the mean
+
+
+def test_pairs_below_a_ratio_stand_beside_what_the_bandwidth_allowed() -> None:
+    slow = row(decode_tokens_per_second=36.0, decode_share_of_bandwidth=0.9, decode_kv_bytes_per_token=10**7)
+    fast = row(model="qwen3-0.6b Q6_K", decode_tokens_per_second=90.0, decode_share_of_bandwidth=0.9)
+    busy = slow | {"busy_processes": 1}
+    peer = row("llama.cpp", prefill_tokens_per_second=100.0, decode_share_of_bandwidth=0.75)
+    quick = peer | {"prefill_tokens_per_second": 160.0}
+    lines = below(newest_pairs([slow, peer, fast, quick, busy, peer]), 1.5).splitlines()
+    assert lines[2] == "| qwen3-0.6b Q8_0, avx512 behind 4096 | 1010 | 40.0 | 90% | 75% | 1.20 | 1.33 |"
+    assert lines[3] == "" and lines[6:] == ["| qwen3-0.6b Q6_K, avx512 | 64 | 1.25 |"]
 
 
 def test_busy_processes_compute_until_they_are_ended() -> None:

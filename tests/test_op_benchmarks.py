@@ -13,7 +13,7 @@ from helexa_engine.ops.registry import native_core
 from helexa_engine.testing.cuda_core import emulated_cuda, emulation
 
 CASES = {
-    "quant_matmul": ["--types", "Q4_K", "BF16", "--rows", "1", "--shape", "64x256", "--repeats", "1"],
+    "quant_matmul": ["--types", "Q4_K", "BF16", "--rows", "1", "--shape", "64x256", "--repeats", "1", "--cached"],
     "paged_attention": ["--heads", "2x1x64", "--tokens", "1", "--context", "70", "--repeats", "1"],
     "moe_matmul": [
         "--experts",

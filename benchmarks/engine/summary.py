@@ -62,12 +62,43 @@ def summary(pairs: list[tuple[Row, Row]]) -> str:
     return "\n".join(lines)
 
 
+def below(pairs: list[tuple[Row, Row]], ratio: float) -> str:
+    """The pairs whose decode or prefill is under ``ratio``, in Markdown, the least first. ``bound``: the ratio that the bandwidth of our
+    run would have let us reach at most."""
+    decodes, prefills = [], []
+    for ours, peer in pairs:
+        if ours.get("busy_processes"):
+            continue
+        level, context = ours["machine"]["instruction_set"], ours.get("decode_context", 0)
+        name = f"{ours['model']}, {level}"
+        decode = ours["decode_tokens_per_second"] / peer["decode_tokens_per_second"]
+        prefill = ours["prefill_tokens_per_second"] / peer["prefill_tokens_per_second"]
+        if decode < ratio:
+            share, theirs = ours["decode_share_of_bandwidth"], peer["decode_share_of_bandwidth"]
+            bytes_read = ours["decode_bytes_per_token"] + ours.get("decode_kv_bytes_per_token", 0)
+            behind = f" behind {context}" if context else f", prompts of {ours['prefill_tokens']}"
+            decodes.append((
+                decode,
+                f"| {name}{behind} | {bytes_read / 1e6:.0f} | {ours['read_bytes_per_second'] / 1e9:.1f} | {share:.0%} | {theirs:.0%} "
+                f"| {decode:.2f} | {decode / share:.2f} |",
+            ))  # fmt: skip
+        if prefill < ratio:
+            prefills.append((prefill, f"| {name} | {ours['prefill_tokens']} | {prefill:.2f} |"))
+    return "\n".join([
+        "| decode | MB a token | GB/s | ours | llama.cpp | ratio | bound |", "|---|---|---|---|---|---|---|",
+        *(line for _, line in sorted(decodes)), "",
+        "| prefill | tokens | ratio |", "|---|---|---|", *(line for _, line in sorted(prefills)),
+    ])  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.engine.summary", description=__doc__)
     parser.add_argument("--commit", help="of this commit only")
     parser.add_argument("--input", type=Path, default=RESULTS, help="[benchmarks/results/engine.jsonl]")
+    parser.add_argument("--below", metavar="RATIO", type=float, help="the pairs under this ratio instead, as a table")
     arguments = parser.parse_args()
-    print(summary(newest_pairs(rows_of(arguments.input), arguments.commit)))
+    pairs = newest_pairs(rows_of(arguments.input), arguments.commit)
+    print(summary(pairs) if arguments.below is None else below(pairs, arguments.below))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 The matrices of a round together are larger than the caches, and a round uses each once, so that one row of activations
 measures memory. ``roofline`` is the share of the slower of the two ceilings: bytes over read bandwidth, operations over
-the multiply rate of the type's arithmetic.
+the multiply rate of the type's arithmetic. With ``--cached`` one matrix, small enough for the caches, is used again and again, which
+shows how fast the kernel would be if memory were: beside the other rate it tells what bounds a step.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def random_weights(quant_type: QuantType, rows: int, cols: int, rng: np.random.G
 
 
 def measure(
-    where: Place, quant_type: QuantType, out_features: int, in_features: int, rows: int, repeats: int
+    where: Place, quant_type: QuantType, out_features: int, in_features: int, rows: int, repeats: int, cached: bool
 ) -> dict[str, float]:
     """Median seconds of a call, with the bytes and operations it takes."""
     rng = np.random.default_rng(0)
     weight_bytes = out_features * quant_type.row_bytes(in_features)
-    count = max(1, math.ceil(where.working_set / weight_bytes)) if rows <= 8 else 2
+    count = 1 if cached else max(1, math.ceil(where.working_set / weight_bytes)) if rows <= 8 else 2
     kernels = where.implementation(quant_matmul, in_features=in_features)
     weights = [
         kernels.pack(quant_type, random_weights(quant_type, out_features, in_features, rng), out_features, in_features)
@@ -51,7 +52,7 @@ def measure(
     ]
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0)).to(where.device)
     out = torch.empty(rows, out_features, device=where.device)
-    calls = [partial(kernels.quant_matmul, x, [weight], out=out) for weight in weights]
+    calls = [partial(kernels.quant_matmul, x, [weight], out=out) for weight in weights] * (64 if cached else 1)
     return {
         "seconds": where.seconds(calls, repeats),
         "bytes": weights[0].nbytes,
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 512])
     parser.add_argument("--shape", default="3072x1024", help="output x input features of the weights")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cached", action="store_true", help="one matrix again and again")
     add_arguments(parser)
     arguments = parser.parse_args()
     out_features, in_features = (int(n) for n in arguments.shape.split("x"))
@@ -75,10 +77,16 @@ def main() -> None:
             parser.error(f"argument --types: {name!r} is no tensor type")
         arithmetic = "int8" if not quant_type.is_float else "bfloat16" if quant_type is types.BF16 else "float32"
         for rows in arguments.rows:
-            result = measure(where, quant_type, out_features, in_features, rows, arguments.repeats)
+            shape = (out_features, in_features, rows)
+            result = measure(where, quant_type, *shape, arguments.repeats, arguments.cached)
             print_row(
                 "quant_matmul",
-                {"type": name, "shape": arguments.shape, "rows": rows},
+                {
+                    "type": name,
+                    "shape": arguments.shape,
+                    "rows": rows,
+                    **({"cached": True} if arguments.cached else {}),
+                },
                 where,
                 seconds=result["seconds"],
                 nbytes=result["bytes"],
