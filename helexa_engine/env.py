@@ -28,8 +28,8 @@ def _positive_int(name: str) -> int | None:
 
 
 def cpu_isa() -> str | None:
-    """``HELEXA_CPU_ISA``: force a level of the native core, ``generic``, ``avx2``, ``avx512_vnni`` or ``avx512`` (that
-    with what newer processors add); None chooses by cpuid."""
+    """``HELEXA_CPU_ISA``: force a level of the native core, ``generic``, ``avx2``, ``avx2_vnni``, ``avx512_vnni`` or
+    ``avx512`` (that with what newer processors add); None chooses by cpuid."""
     return _get("CPU_ISA")
 
 

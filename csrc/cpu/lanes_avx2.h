@@ -97,6 +97,14 @@ struct Lanes {
     __builtin_memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
   }
+#if defined(__AVXVNNI__)
+  // Four products of bytes are added in 32 bits, as in AVX-512: nothing overflows, so nothing needs another way.
+  static constexpr bool kNarrowSums = false, kMultipliesWords = false, kWideDotRemovesOffset = false;
+  static I dot(I sum, B codes, X x) {
+    return {_mm256_dpbusd_avx_epi32(sum.a, codes.a, x), _mm256_dpbusd_avx_epi32(sum.b, codes.b, x)};
+  }
+  static I dot_wide(I sum, B codes, X x) { return dot(sum, codes, x); }
+#else
   // maddubs adds pairs of products in 16 bits. Codes of at most 6 bits cannot overflow it (2 * 63 * 127).
   static I dot(I sum, B codes, X x) { return {dot8(sum.a, codes.a, x), dot8(sum.b, codes.b, x)}; }
   // The same in steps: pairs of products in 16 bits, sums of such, and these added to 32-bit sums.
@@ -141,6 +149,7 @@ struct Lanes {
     return {in_turn(_mm256_add_epi32(sum.a, _mm256_madd_epi16(words.a, x))),
             in_turn(_mm256_add_epi32(sum.b, _mm256_madd_epi16(words.b, x)))};
   }
+#endif
   static constexpr bool kMultipliesBfloat16 = false;
   // The even and the odd of pairs of bfloat16 numbers.
   static F even(B pairs) { return {even8(pairs.a), even8(pairs.b)}; }
@@ -152,11 +161,16 @@ struct Lanes {
   }
 
  private:
+#if !defined(__AVXVNNI__)
   // Keeps the compiler from adding products to each other before the sum: it would run out of registers for them.
   static __m256i in_turn(__m256i sum) {
     asm("" : "+x"(sum));
     return sum;
   }
+  static __m256i dot8(__m256i sum, __m256i codes, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+  }
+#endif
   static __m256 odd8(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536))); }
   static __m256 even8(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
   static int32_t sum_of_bytes(__m128i x) {
@@ -166,8 +180,5 @@ struct Lanes {
   static __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static F from_u8(__m128i x) {
     return to_float({_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))});
-  }
-  static __m256i dot8(__m256i sum, __m256i codes, __m256i x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
   }
 };

@@ -88,6 +88,7 @@ struct Kernels {
 extern const Kernels kKernelsGeneric;
 #if defined(__x86_64__)
 extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx2Vnni;
 extern const Kernels kKernelsAvx512;
 extern const Kernels kKernelsAvx512Bf16;  // the same with the instruction for bfloat16 products
 #endif

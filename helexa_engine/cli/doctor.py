@@ -33,6 +33,7 @@ REQUIREMENTS = {
 #: Instruction sets that the native core has kernels for, best first, with the flags each needs.
 ISA_FLAGS = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx2_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx2": {"avx2", "fma", "f16c"},
 }
 
@@ -142,9 +143,10 @@ def _processor() -> Iterator[Finding]:
     level = next((name for name, needed in ISA_FLAGS.items() if needed <= flags), None)
     if level == "avx512":
         yield Finding("ok", "processor", f"{text}, AVX-512 with VNNI")
-    elif level == "avx2":
+    elif level is not None:
         lacking = ", ".join(sorted(ISA_FLAGS["avx512"] - flags))
-        yield Finding("ok", "processor", f"{text}, AVX2 (no {lacking}, so prompts are computed more slowly)")
+        has = "AVX2 with VNNI" if level == "avx2_vnni" else "AVX2"
+        yield Finding("ok", "processor", f"{text}, {has} (no {lacking}, so prompts are computed more slowly)")
     else:
         yield Finding(
             "slow", "processor", f"{text}: neither AVX-512 nor AVX2 with FMA and F16C; the generic kernels are slow"

@@ -91,6 +91,7 @@ def test_a_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (doctor.ISA_FLAGS["avx512"], "ok", "AVX-512 with VNNI"),
         (doctor.ISA_FLAGS["avx2"] | {"avx512f"}, "ok", "no avx512_vnni, avx512bw, avx512dq, avx512vl"),
+        (doctor.ISA_FLAGS["avx2_vnni"], "ok", "AVX2 with VNNI (no avx512_vnni"),
         ({"sse2"}, "slow", "generic kernels"),
     ],
 )

@@ -9,8 +9,10 @@ import torch
 
 from helexa_engine.ops.registry import native_core
 
+from .levels import MAIN_LEVELS
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+
+@pytest.fixture(params=MAIN_LEVELS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction-set level that this processor has; without the native core the test is skipped."""
     native = native_core()

@@ -17,6 +17,7 @@ from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import types
 from helexa_engine.quant.types import QuantType
 
+from .levels import MATMUL_LEVELS, levels_here
 from .test_quant_matmul import CODES, raw_weights
 
 _native = native_core()
@@ -34,11 +35,7 @@ MIXES = [
 ]
 
 
-def _isas() -> list[str]:
-    if _native is None:
-        return []
-    levels = ["generic", "avx2", "avx512"]
-    return levels[: levels.index(_native.cpu_isa()) + 1]
+ISAS = levels_here(MATMUL_LEVELS)
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +157,7 @@ def relative(error: torch.Tensor, truth: torch.Tensor) -> float:
     return float(error.norm() / truth.norm())
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("mix", MIXES, ids="-".join)
 def test_matches_the_integer_twin_and_float64(mix: tuple[str, str, str], isa: str) -> None:
     _native.set_cpu_isa(isa)
@@ -179,7 +176,7 @@ def test_matches_the_integer_twin_and_float64(mix: tuple[str, str, str], isa: st
         assert torch.equal(block.run(x[:rows]), out[:rows]), rows
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shared_width", [0, 256])
 @pytest.mark.parametrize("mix", [("Q4_K", "Q5_K", "Q6_K"), ("Q8_0", "F16", "IQ4_XS")], ids="-".join)
 def test_equals_quant_matmul_expert_by_expert(mix: tuple[str, str, str], shared_width: int, isa: str) -> None:

@@ -16,6 +16,8 @@ from helexa_engine.ops.registry import native_core
 from helexa_engine.quant import dequantize, types
 from helexa_engine.quant.types import QuantType
 
+from .levels import MATMUL_LEVELS, levels_here
+
 _native = native_core()
 pytestmark = pytest.mark.skipif(_native is None, reason="the native core is not built")
 
@@ -27,13 +29,7 @@ ROWS = (1, 2, 7, 8, 9, 13, 14, 33, 64, 65)  # of the remainders that register bl
 UNIT = 2.0**-24  # of float32 rounding
 
 
-def _isas() -> list[str]:
-    if _native is None:
-        return []
-    best = _native.cpu_isa()
-    levels = ["generic", "avx2", "avx512"]
-    levels = levels[: levels.index(best) + 1]
-    return levels + ["avx512_vnni"] * (best == "avx512")
+ISAS = levels_here(MATMUL_LEVELS)
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +126,7 @@ def rounding_bound(quant_type: QuantType, data: np.ndarray, rows: int, cols: int
     return (terms + 6) * UNIT * 1.001 * (reference.quantized_activations(x).abs() @ magnitudes.T)
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("quant_type", STORED, ids=str)
 def test_matches_the_integer_twin(quant_type: QuantType, isa: str) -> None:
     _native.set_cpu_isa(isa)
@@ -218,14 +214,14 @@ def test_every_level_computes_the_same_integers(name: str) -> None:
     truth = twin(quant_type, data, n, cols, x)
     assert torch.equal(truth, twin_of_floats(quant_type, data, n, cols, x)), "quantising the activations must be exact"
     packed = native.pack(quant_type, data, n, cols)
-    for isa in _isas():
+    for isa in ISAS:
         _native.set_cpu_isa(isa)
         for rows in (1, 5, 40):
             out = run(x.repeat(8, 1)[:rows].contiguous(), packed)
             assert torch.equal(out.double(), truth.repeat(8, 1)[:rows]), (isa, rows)
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", CODES)
 def test_the_largest_codes_and_activations_do_not_overflow(name: str, isa: str) -> None:
     """Where sums are narrow at first, this is what they have to hold."""
@@ -246,7 +242,7 @@ def test_the_largest_codes_and_activations_do_not_overflow(name: str, isa: str) 
                 assert ((run(x[:rows].contiguous(), packed).double() - truth[:rows]).abs() <= bound[:rows]).all()
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_bfloat16_weights_meet_activations_as_they_are_on_demand(rows: int, isa: str) -> None:
     _native.set_cpu_isa(isa)
@@ -264,7 +260,7 @@ def test_bfloat16_weights_meet_activations_as_they_are_on_demand(rows: int, isa:
 @pytest.mark.parametrize("quant_type", STORED, ids=str)
 def test_vector_levels_agree_to_the_last_bit(quant_type: QuantType) -> None:
     """All fuse and sum alike. Generic rounds products as well; it is held to the twin by its bound and by exact cases."""
-    if len(_isas()) < 3:
+    if len(ISAS) < 3:
         pytest.skip("one vector level at most")
     n, cols = 37, 2 * max(quant_type.block_size, 64)
     packed = native.pack(quant_type, raw_weights(quant_type, n, cols), n, cols)
@@ -272,7 +268,7 @@ def test_vector_levels_agree_to_the_last_bit(quant_type: QuantType) -> None:
     for rows in (1, 3, 40):
         x = activations(rows, cols)
         results = []
-        for isa in ("avx2", "avx512_vnni", "avx512"):
+        for isa in ISAS[1:]:
             _native.set_cpu_isa(isa)
             plain = run(x, packed, norm_weight=norm, norm_eps=1e-6)
             results.append((plain, run(x, packed, packed, activation="silu_mul")))
@@ -280,7 +276,7 @@ def test_vector_levels_agree_to_the_last_bit(quant_type: QuantType) -> None:
             assert torch.equal(plain, results[0][0]) and torch.equal(gated, results[0][1]), rows
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("quant_type", STORED, ids=str)
 def test_error_of_quantised_activations_is_within_the_bound_of_the_type(quant_type: QuantType, isa: str) -> None:
     _native.set_cpu_isa(isa)
@@ -383,7 +379,7 @@ def kernel_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     return weight * (x * torch.from_numpy(factor))
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "types_of_parts", [("F32", "F32"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K"), ("Q8_0", "F16"), ("F16", "BF16")]
 )
@@ -440,7 +436,7 @@ def test_threads_do_not_change_results_and_may_call_at_once(name: str) -> None:
     assert len(results) == 30 and all(torch.equal(r, expected) for r in results)
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_activation_is_not_hidden(value: float, isa: str) -> None:
     _native.set_cpu_isa(isa)
@@ -451,7 +447,7 @@ def test_a_broken_activation_is_not_hidden(value: float, isa: str) -> None:
     assert out[0].isfinite().all() and not out[1].isfinite().any()
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_zero_activations_give_zero(isa: str) -> None:
     _native.set_cpu_isa(isa)
     packed = native.pack(types.Q4_K, raw_weights(types.Q4_K, 16, 256), 16, 256)

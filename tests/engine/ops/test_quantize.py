@@ -19,24 +19,13 @@ from helexa_engine.quant.dequantize import dequantize
 from helexa_engine.quant.quantize import LEAST_IMPORTANCE, QUANTISABLE, column_weights
 from helexa_engine.quant.types import QuantType
 
+from .levels import levels_here
+
 _native = pytest.importorskip("helexa_engine._native")
 from helexa_engine.ops.quantize import native  # noqa: E402
 
 RESULTS = Path(helexa_engine.__file__).parents[1] / "benchmarks" / "results" / "quantize.jsonl"
 LARGEST_RATIO = 1.02  # of our error to that of ggml's quantiser on the same tensor
-
-
-def _isas() -> list[str]:
-    found = []
-    best = _native.cpu_isa()
-    for isa in ("generic", "avx2", "avx512"):
-        try:
-            _native.set_cpu_isa(isa)
-        except ValueError:
-            continue
-        found.append(isa)
-    _native.set_cpu_isa(best)
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +54,7 @@ def _matrices() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("isa", _isas())
+@pytest.mark.parametrize("isa", levels_here())
 @pytest.mark.parametrize("quant_type", QUANTISABLE, ids=str)
 def test_same_bytes_as_the_reference(quant_type: QuantType, isa: str) -> None:
     _native.set_cpu_isa(isa)
