@@ -87,27 +87,29 @@ void matvec_rows(const uint8_t* group, int64_t header_area, int64_t cols, const 
                  int64_t chunk_stride, float* sums) {
   constexpr int kQuads = 8 / Code::kSubs;
   constexpr int kBytes = Code::kCodeBytes + Code::kHeader / (Code::kBlock / 32);  // of 32 columns
+  constexpr int kHeaders = kChunk / Code::kBlock;                                 // of a chunk
   const uint8_t* p = group + header_area;
+  const uint8_t* header = group;
   const uint8_t* ahead = group;
   F total[kRows];
   for (int r = 0; r < kRows; ++r) total[r] = Lanes::zero();
-  const int64_t groups = cols / 32;
-  for (int64_t i = 0; i < groups; ++i, p += Code::kCodeBytes, ahead += kBytes) {
-    prefetch(ahead, kBytes);
-    const int g = int(i % kChunkGroups);
-    const ActivationChunk* chunk = x + i / kChunkGroups * chunk_stride;
-    B w[8];
-    F scale[2], minimum[2] = {Lanes::zero(), Lanes::zero()};
-    Code::codes(p, w);
-    Code::scales(header_of<Code>(group, i), g, scale, minimum);
+  for (int64_t left = cols / 32; left > 0;
+       left -= kChunkGroups, x += chunk_stride, header += kHeaders * Code::kHeader) {
+    const int groups = left < kChunkGroups ? int(left) : kChunkGroups;
+    for (int g = 0; g < groups; ++g, p += Code::kCodeBytes, ahead += kBytes) {
+      prefetch(ahead, kBytes);
+      B w[8];
+      F scale[2], minimum[2] = {Lanes::zero(), Lanes::zero()};
+      Code::codes(p, w);
+      Code::scales(kHeaders == 1 ? header : header + g * Code::kHeader, g, scale, minimum);
 #pragma GCC unroll Lanes::kUnroll
-    for (int r = 0; r < kRows; ++r) {
-      const ActivationChunk& xr = chunk[r];
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll Lanes::kUnroll
-      for (int sub = 0; sub < Code::kSubs; ++sub) {
-        const int first = sub * kQuads;
-        const I sum = dots<Code>(start_sum<Code>(xr, g, sub), w + first, xr.q + 32 * g + 4 * first);
-        total[r] = accumulate<Code>(total[r], sum, scale[sub], minimum[sub], xr, g, sub);
+        for (int sub = 0; sub < Code::kSubs; ++sub) {
+          const int first = sub * kQuads;
+          const I sum = dots<Code>(start_sum<Code>(x[r], g, sub), w + first, x[r].q + 32 * g + 4 * first);
+          total[r] = accumulate<Code>(total[r], sum, scale[sub], minimum[sub], x[r], g, sub);
+        }
       }
     }
   }
