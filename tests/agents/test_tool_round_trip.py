@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 
-from helexa_engine import demo
 from helexa_engine.config import EngineConfig
 from helexa_engine.events import Event, PromptProcessed, ToolCallDelta, ToolCallStart
 from helexa_engine.generate_request import GenerateRequest
 from helexa_engine.runtime.async_engine import AsyncEngine
 from helexa_engine.testing.fake_engine import FakeEngine, FakeModelInfo
+from tests.long_demo import demo_with_context
 from tests.server.answer_scripts import PROMPT, finished, words
 from tests.server.live import live_server
 
@@ -127,21 +127,9 @@ def test_one_tool_round_trip(name: str, work: Path, ask: Callable[[str, Any], st
 CONTEXT = 131072
 
 
-def with_longer_context(output: Path) -> Path:
-    """A copy of the demo whose file says that it reads ``CONTEXT`` tokens. Far in, what it writes is noise."""
-    data = bytearray(demo.path().read_bytes())
-    key = b"qwen35.context_length"
-    place = data.index(key) + len(key)
-    kind, value = (int.from_bytes(data[place + i : place + i + 4], "little") for i in (0, 4))
-    assert (kind, value) == (4, 2048), "expected an unsigned integer of 32 bits"
-    data[place + 4 : place + 8] = CONTEXT.to_bytes(4, "little")
-    output.write_bytes(data)
-    return output
-
-
 @pytest.fixture
 def long_demo(tmp_path: Path) -> Iterator[AsyncEngine]:
-    file = with_longer_context(tmp_path / "demo.gguf")
+    file = demo_with_context(tmp_path / "demo.gguf", CONTEXT)
     engine = AsyncEngine(str(file), EngineConfig(max_model_len=CONTEXT, max_num_seqs=2))
     yield engine
     asyncio.run(engine.aclose())

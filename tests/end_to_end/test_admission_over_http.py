@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import httpx
@@ -14,21 +14,35 @@ import pytest
 
 from helexa_engine.config import EngineConfig
 from helexa_engine.runtime.async_engine import AsyncEngine
+from tests.long_demo import demo_with_context
 from tests.server.live import Live, live_server, wait_until
 
 QUESTION: Any = [{"role": "user", "content": "What is helexa?"}]
-#: To the end of the context, some seconds from here, unless the client goes before.
+#: A processor of 2026 writes the demo's own 2048 tokens in a third of a second: too soon for those who are to wait.
+CONTEXT = 32768
+#: To the end of the context, unless the client goes before.
 LONG = {"prompt": "Hi", "ignore_eos": True, "stream": True, "logprobs": 5}
 SHORT = {"messages": QUESTION, "max_tokens": 3}
 
 
-@contextmanager
-def one_seat(**options: Any) -> Iterator[Live]:
-    """A server whose engine answers one request at a time."""
-    engine: Any = AsyncEngine("demo", EngineConfig(max_num_seqs=1))
-    with live_server(engine, **options) as live:
-        yield live
-    asyncio.run(engine.aclose())
+OneSeat = Callable[..., AbstractContextManager[Live]]
+
+
+@pytest.fixture(scope="module")
+def one_seat(tmp_path_factory: pytest.TempPathFactory) -> OneSeat:
+    """A server, with the options given, whose engine answers one request at a time."""
+    model = demo_with_context(tmp_path_factory.mktemp("demo") / "demo.gguf", CONTEXT)
+
+    @contextmanager
+    def serve(**options: Any) -> Iterator[Live]:
+        engine: Any = AsyncEngine(model, EngineConfig(max_num_seqs=1))
+        try:
+            with live_server(engine, **options) as live:
+                yield live
+        finally:
+            asyncio.run(engine.aclose())
+
+    return serve
 
 
 @contextmanager
@@ -45,7 +59,7 @@ def waiting(live: Live) -> int:
     return int(engine.stats().num_waiting)
 
 
-def test_who_waits_for_a_seat_gets_keep_alives_and_then_its_answer() -> None:
+def test_who_waits_for_a_seat_gets_keep_alives_and_then_its_answer(one_seat: OneSeat) -> None:
     with one_seat(keep_alive_seconds=0.05) as live, live.http(timeout=60.0) as http:
         with seated(live):
             stream = http.stream("POST", "/v1/chat/completions", json={**SHORT, "stream": True})
@@ -58,7 +72,7 @@ def test_who_waits_for_a_seat_gets_keep_alives_and_then_its_answer() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_the_queue_is_gone_from_the_engine(stream: bool) -> None:
+def test_who_leaves_the_queue_is_gone_from_the_engine(one_seat: OneSeat, stream: bool) -> None:
     """Hazard 19: the place, and the seat's reservation, while the one before still runs."""
     with one_seat() as live, seated(live):
         for _ in range(3):
@@ -68,7 +82,7 @@ def test_who_leaves_the_queue_is_gone_from_the_engine(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
-def test_who_gets_no_seat_in_time_is_told_when_to_come_back(path: str) -> None:
+def test_who_gets_no_seat_in_time_is_told_when_to_come_back(one_seat: OneSeat, path: str) -> None:
     """contracts.md 3: 429 rate_limit_exceeded with Retry-After; in a stream that has begun, that wire's error event."""
     body: dict[str, Any] = {"max_tokens": 3, "messages": QUESTION, "prompt": "Hi", "input": "Hi"}
     if path != "/v1/completions":
@@ -84,7 +98,7 @@ def test_who_gets_no_seat_in_time_is_told_when_to_come_back(path: str) -> None:
         assert waiting(live) == 0
 
 
-def test_a_saturated_engine_still_answers_its_health_check() -> None:
+def test_a_saturated_engine_still_answers_its_health_check(one_seat: OneSeat) -> None:
     """Hazards 16 and 24."""
     with one_seat() as live, seated(live), live.http() as http:
         for path in ("/health", "/ready", "/v1/models", "/metrics"):
@@ -92,7 +106,7 @@ def test_a_saturated_engine_still_answers_its_health_check() -> None:
         assert "vllm:num_requests_running" in http.get("/metrics").text
 
 
-def test_an_urgent_request_overtakes_those_that_wait() -> None:
+def test_an_urgent_request_overtakes_those_that_wait(one_seat: OneSeat) -> None:
     ends: list[str] = []
     with one_seat() as live:
         client = live.openai(timeout=60.0)
@@ -113,7 +127,7 @@ def test_an_urgent_request_overtakes_those_that_wait() -> None:
     assert ends == ["urgent", "usual"]
 
 
-def test_a_prompt_that_can_never_fit_is_refused_at_once() -> None:
+def test_a_prompt_that_can_never_fit_is_refused_at_once(one_seat: OneSeat) -> None:
     """Hazard 12: before it takes a place behind the one that runs."""
     with one_seat() as live, seated(live):
         with pytest.raises(openai.BadRequestError, match="prompt is too long") as caught:

@@ -61,9 +61,13 @@ def run_rule(module, arguments, dtype=torch.float32, **options) -> tuple[torch.T
 
 
 def judge(*draws, module=rule) -> None:
-    """The largest error of all draws against twice the twin's largest: on one draw of few values the twin may be lucky, and how numpy
-    adds, and so what the interpreter gives, differs from processor to processor."""
-    errors = []
+    """The root mean square of the errors of all draws against twice the twin's; the largest, against four times the twin's largest.
+
+    Errors have long tails (a key of small norm, a gate that nearly cancels), so the largest of some hundred values is a matter of luck
+    for either side: it was 0.8 to 2.9 times the twin's from draw to draw, where the root mean square of four draws was 0.9 to 1.4. How
+    numpy adds, and so what the interpreter gives, differs from processor to processor besides.
+    """
+    errors: dict[str, list[torch.Tensor]] = {"out": [], "twin's out": [], "state": [], "twin's state": []}
     for arguments in draws:
         truth, exact = run_rule(reference, arguments, torch.float64, compute_dtype=torch.float64)
         twin, twin_state = run_rule(reference, arguments)
@@ -71,10 +75,12 @@ def judge(*draws, module=rule) -> None:
             got, state = run_rule(module, arguments)
         assert got.shape == truth.shape and not got.isnan().any() and state[:2].isnan().all()
         pairs = ((got, truth), (twin, truth), (state[2:], exact[2:]), (twin_state[2:], exact[2:]))
-        errors.append([(ours - right).abs().max() for ours, right in pairs])
-    out, twin_out, state_out, twin_state_out = torch.tensor(errors).amax(0)
-    assert out <= 2 * twin_out
-    assert state_out <= 2 * twin_state_out
+        for name, (ours, right) in zip(errors, pairs, strict=True):
+            errors[name].append((ours - right).flatten())
+    for name in ("out", "state"):
+        ours, twins = torch.cat(errors[name]), torch.cat(errors[f"twin's {name}"])
+        assert ours.square().mean().sqrt() <= 2 * twins.square().mean().sqrt(), name
+        assert ours.abs().max() <= 4 * twins.abs().max(), name
 
 
 @pytest.mark.parametrize("length", [1, 7, 63, 64, 65])
@@ -88,24 +94,26 @@ def test_the_rule_equals_the_twin_at_every_length(length: int) -> None:
     ids=str,
 )
 def test_the_rule_equals_the_twin_for_every_shape(lengths: list[int], heads, dims, tiled: bool) -> None:
-    judge(rule_arguments(lengths, heads, dims, tiled))
+    judge(*(rule_arguments(lengths, heads, dims, tiled, seed) for seed in range(4)))
 
 
 def test_the_rule_on_strongly_correlated_keys() -> None:
-    arguments = rule_arguments([64])
-    arguments["qkv"] = arguments["qkv"][torch.arange(64) % 3].clone()
-    arguments["b"] = arguments["b"] + 8
-    arguments["a"] = arguments["a"] - 8
-    judge(arguments)
+    draws = [rule_arguments([64], seed=seed) for seed in range(4)]
+    for arguments in draws:
+        arguments["qkv"] = arguments["qkv"][torch.arange(64) % 3].clone()
+        arguments["b"] = arguments["b"] + 8
+        arguments["a"] = arguments["a"] - 8
+    judge(*draws)
 
 
 def test_the_rules_gates_far_out() -> None:
     """Both branches of softplus, and small decays behind a large one."""
-    arguments = rule_arguments([64])
-    arguments["a"] = arguments["a"] - 8
-    arguments["a"][8] += 300
-    arguments["a"][9] -= 100
-    judge(arguments)
+    draws = [rule_arguments([64], seed=seed) for seed in range(4)]
+    for arguments in draws:
+        arguments["a"] = arguments["a"] - 8
+        arguments["a"][8] += 300
+        arguments["a"][9] -= 100
+    judge(*draws)
 
 
 def test_a_batch_equals_each_alone_and_parts_equal_the_whole_bit_for_bit() -> None:
@@ -126,7 +134,7 @@ def test_a_batch_equals_each_alone_and_parts_equal_the_whole_bit_for_bit() -> No
 @pytest.mark.parametrize("lengths", [[70], [15, 130, 0, 1, 80]], ids=str)
 def test_the_rule_by_chunks_of_64(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rule, "_tuning", lambda _: Tuning(64, 16, Tile(16, 4, 1), Tile(16, 4, 1)))
-    judge(rule_arguments(lengths))
+    judge(*(rule_arguments(lengths, seed=seed) for seed in range(4)))
 
 
 def test_no_sequence_waits_for_its_chunks_in_vain() -> None:
@@ -153,16 +161,18 @@ def test_on_cuda_chunks_go_through_triton_and_the_rest_through_the_kernel(monkey
             patch.setattr(rule, "runs_on", lambda _: False)
             by_token, _ = run_rule(cuda, arguments)
         assert torch.equal(out[50:51], by_token[50:51]) and not torch.equal(out[:32], by_token[:32])
-    judge(arguments, module=cuda)
+    judge(arguments, *(rule_arguments([50, 1, 0, 32, 3, 20], seed=seed) for seed in range(1, 4)), module=cuda)
 
 
-def test_the_comparison_can_fail() -> None:
-    arguments = rule_arguments([65])
-    wrong = dict(arguments, a_coefficient=arguments["a_coefficient"] * 1.0001)
-    _, exact = run_rule(reference, arguments, torch.float64, compute_dtype=torch.float64)
-    _, twin_state = run_rule(reference, arguments)
-    _, state = run_rule(rule, wrong)
-    assert (state - exact)[2:].abs().max() > 2 * (twin_state - exact)[2:].abs().max()
+def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = rule.gated_delta_rule
+
+    def wrong(**arguments):
+        return right(**dict(arguments, a_coefficient=arguments["a_coefficient"] * 1.0001))
+
+    monkeypatch.setattr(rule, "gated_delta_rule", wrong)
+    with pytest.raises(AssertionError, match="out|state"):
+        judge(*(rule_arguments([65], seed=seed) for seed in range(4)))
 
 
 @pytest.mark.parametrize(
