@@ -3,12 +3,12 @@ in one piece."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..batch import Batch
@@ -30,15 +30,19 @@ class Scratch:
 
 @dataclass(slots=True)
 class _Arrays:
-    """The inputs of one shape of step as the host writes them, and as the model reads them."""
+    """The inputs of one shape of step as the host writes them, and as the model reads them.
 
-    input_ids: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    slot_mapping: npt.NDArray[np.int64]
-    cu_seqlens: npt.NDArray[np.int32]
-    seq_lens: npt.NDArray[np.int32]
-    state_slots: npt.NDArray[np.int32]
-    page_tables: npt.NDArray[np.int32]
+    They are memory views, not numpy's arrays: a decode step writes single numbers, right after the weights have passed through the
+    caches, and numpy would have to be brought back for that.
+    """
+
+    input_ids: memoryview
+    positions: memoryview
+    slot_mapping: memoryview
+    cu_seqlens: memoryview
+    seq_lens: memoryview
+    state_slots: memoryview
+    page_tables: memoryview  # row after row
     nbytes: int
     batch: Batch
 
@@ -70,10 +74,11 @@ class StepInputs:
         self._page_size = page_size
         self._pages_per_seq = pages_per_seq
         self._scratch = scratch
+        self._no_pages = memoryview(array("i", [0]) * pages_per_seq)
         nbytes = sum(_padded(size) for size, _ in self._layout(max_tokens, max_seqs))
         on_card = device.type == "cuda"
         host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=on_card)
-        self._host = host.numpy()
+        self._host = host.numpy().data
         self._device = torch.zeros(nbytes, dtype=torch.uint8, device=device) if on_card else host
         self._source = host
         self._copied = torch.cuda.Event() if on_card else None  # type: ignore[no-untyped-call]
@@ -102,21 +107,18 @@ class StepInputs:
     def _fill_row(self, arrays: _Arrays, i: int, first: int, chunk: Chunk) -> int:
         """Writes sequence ``i``, whose first token is ``first``; returns the number of tokens so far."""
         sequence, after, page_size = chunk.sequence, first + chunk.num_tokens, self._page_size
-        pages = np.asarray(sequence.pages)
         if chunk.num_tokens == 1:
             arrays.input_ids[first] = sequence.token_ids[chunk.start]
             arrays.positions[first] = chunk.start
             page, offset = divmod(chunk.start, page_size)
-            arrays.slot_mapping[first] = int(pages[page]) * page_size + offset
+            arrays.slot_mapping[first] = sequence.pages[page] * page_size + offset
         else:
             positions = np.arange(chunk.start, chunk.end)
-            arrays.input_ids[first:after] = sequence.token_ids[chunk.start : chunk.end]
-            arrays.positions[first:after] = positions
-            arrays.slot_mapping[first:after] = (
-                pages[positions // page_size].astype(np.int64) * page_size + positions % page_size
-            )
-        arrays.page_tables[i, : pages.size] = pages
-        arrays.page_tables[i, pages.size :] = 0
+            pages = np.asarray(sequence.pages)[positions // page_size].astype(np.int64)
+            np.asarray(arrays.input_ids[first:after])[:] = sequence.token_ids[chunk.start : chunk.end]
+            np.asarray(arrays.positions[first:after])[:] = positions
+            np.asarray(arrays.slot_mapping[first:after])[:] = pages * page_size + positions % page_size
+        self._write_table(arrays, i, sequence.pages)
         arrays.seq_lens[i] = chunk.end
         arrays.state_slots[i] = sequence.state_slot or 0
         arrays.cu_seqlens[i + 1] = after
@@ -127,12 +129,17 @@ class StepInputs:
         assert self._scratch is not None, "there is no scratch page"
         arrays.input_ids[first] = arrays.positions[first] = 0
         arrays.slot_mapping[first] = self._scratch.page * self._page_size
-        arrays.page_tables[i] = 0
-        arrays.page_tables[i, 0] = self._scratch.page
+        self._write_table(arrays, i, array("i", [self._scratch.page]))
         arrays.seq_lens[i] = 1
         arrays.state_slots[i] = self._scratch.state_slot
         arrays.cu_seqlens[i + 1] = first + 1
         return first + 1
+
+    def _write_table(self, arrays: _Arrays, i: int, pages: array[int]) -> None:
+        begin = i * self._pages_per_seq
+        written, end = begin + len(pages), begin + self._pages_per_seq
+        arrays.page_tables[begin:written] = memoryview(pages)
+        arrays.page_tables[written:end] = self._no_pages[: end - written]
 
     def _layout(self, num_tokens: int, num_sequences: int) -> list[tuple[int, str]]:
         """(values, dtype) of each array, in the order in which they lie."""
@@ -149,15 +156,14 @@ class StepInputs:
         is_decode = num_tokens == num_sequences
         if is_decode and (known := self._decodes.get(num_tokens)) is not None:
             return known
-        host: list[npt.NDArray[Any]] = []
+        host: list[memoryview] = []
         device: list[torch.Tensor] = []
         start = 0
         for nbytes, dtype in self._layout(num_tokens, num_sequences):
-            host.append(self._host[start : start + nbytes].view(dtype))
+            host.append(self._host[start : start + nbytes].cast("q" if dtype == "int64" else "i"))
             device.append(self._device[start : start + nbytes].view(getattr(torch, dtype)))
             start += _padded(nbytes)
         input_ids, positions, slot_mapping, cu_seqlens, seq_lens, state_slots, page_tables = host
-        shape = (num_sequences, self._pages_per_seq)
         batch = Batch(
             input_ids=device[0],
             positions=device[1],
@@ -165,7 +171,7 @@ class StepInputs:
             cu_seqlens=device[3],
             seq_lens=device[4],
             state_slots=device[5],
-            page_tables=device[6].view(shape),
+            page_tables=device[6].view(num_sequences, self._pages_per_seq),
             caches=self._caches,
         )
         arrays = _Arrays(
@@ -175,7 +181,7 @@ class StepInputs:
             cu_seqlens,
             seq_lens,
             state_slots,
-            page_tables.reshape(shape),
+            page_tables,
             start,
             batch,
         )
