@@ -183,6 +183,16 @@ def test_a_pair_in_which_memory_changed_is_measured_again(
     assert rows_of(output) == [row(), attempts[kept]]
 
 
+@pytest.mark.parametrize(("option", "value", "least"), [("--attempts", "0", 1), ("--busy-processes", "-1", 0)])
+def test_a_number_that_measures_nothing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, least: int
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["engine", "m.gguf", option, value])
+    with pytest.raises(SystemExit):
+        engine_main.main()
+    assert f"{option}: expected at least {least}, got {value}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -50,7 +50,9 @@ def main() -> int:
     parser.add_argument("--max-num-batched-tokens", type=int, help="as of helexa serve; default: 512, and 4096 on cuda")
     parser.add_argument("--decode-tokens", type=int, default=64, help="[64]")
     parser.add_argument("--decode-context", type=int, default=0, help="tokens in the context of a decode step [0]")
-    parser.add_argument("--busy-processes", type=int, default=0, help="others that compute meanwhile [0]")
+    parser.add_argument(
+        "--busy-processes", type=int, default=0, help="others that compute meanwhile; groups say their own [0]"
+    )
     parser.add_argument("--repetitions", type=int, default=5, help="[5]")
     parser.add_argument(
         "--attempts",
@@ -62,6 +64,9 @@ def main() -> int:
         "--output", type=Path, default=RESULTS, help="rows are appended here [benchmarks/results/engine.jsonl]"
     )
     arguments = parser.parse_args()
+    for name, least in (("attempts", 1), ("busy_processes", 0)):
+        if (given := getattr(arguments, name)) < least:
+            parser.error(f"argument --{name.replace('_', '-')}: expected at least {least}, got {given}")
     try:
         if arguments.group:
             return measure_groups(arguments)

@@ -10,7 +10,8 @@ namespace {
 std::atomic<int> chosen{-1};  // -1: the best
 std::atomic<bool> without_bfloat16{false};
 
-bool has([[maybe_unused]] CpuIsa isa) {
+// Of this processor and of this build.
+bool has(CpuIsa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -20,7 +21,11 @@ bool has([[maybe_unused]] CpuIsa isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
     case CpuIsa::kAvx2Vnni:
+#if defined(HELEXA_HAS_AVXVNNI)
       return avx2 && __builtin_cpu_supports("avxvnni");
+#else
+      return false;
+#endif
     case CpuIsa::kAvx2:
       return avx2;
     default:
@@ -63,7 +68,8 @@ void set_cpu_isa(const std::string& name_or_subset) {
   for (const CpuIsa isa : {CpuIsa::kGeneric, CpuIsa::kAvx2, CpuIsa::kAvx2Vnni, CpuIsa::kAvx512}) {
     if (wanted != name(isa)) continue;
     if (!has(isa))
-      fail("set_cpu_isa", "name", std::string("one this processor has, such as ") + name(best_cpu_isa()), wanted);
+      fail("set_cpu_isa", "name",
+           std::string("one that this processor and build have, such as ") + name(best_cpu_isa()), wanted);
     chosen.store(static_cast<int>(isa));
     without_bfloat16.store(subset);
     return;

@@ -12,7 +12,7 @@ CpuIsa cpu_isa();
 // Whether the level in use is AVX-512 with its instruction for products of bfloat16 numbers.
 bool multiplies_bfloat16();
 // Takes "generic", "avx2", "avx2_vnni", "avx512", or "avx512_vnni": that without what newer processors add to it.
-// Throws std::invalid_argument for another name or a level this processor lacks.
+// Throws std::invalid_argument for another name or a level that this processor or build lacks.
 void set_cpu_isa(const std::string& name);
 const char* name(CpuIsa isa);
 

@@ -138,7 +138,7 @@ class StepInputs:
     def _write_table(self, arrays: _Arrays, i: int, pages: array[int]) -> None:
         begin = i * self._pages_per_seq
         written, end = begin + len(pages), begin + self._pages_per_seq
-        arrays.page_tables[begin:written] = memoryview(pages)
+        arrays.page_tables[begin:written] = pages
         arrays.page_tables[written:end] = self._no_pages[: end - written]
 
     def _layout(self, num_tokens: int, num_sequences: int) -> list[tuple[int, str]]:
